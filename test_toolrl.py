@@ -1,0 +1,721 @@
+"""Tests of toolrl. The whole suite: python -m pytest -q. Without the full story: python -m pytest -q -k "not slow"."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import toolrl
+from toolrl import END, PAD, Settings
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TASKS = os.path.join(HERE, "tiny_tasks.json")
+CALL = '{"name": "rival", "arguments": {"of": "bob"}}'
+
+
+@pytest.fixture(scope="session")
+def world():
+    return toolrl.load_world(TASKS)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(world):
+    return toolrl.build_tokenizer(world)
+
+
+@pytest.fixture(scope="session")
+def base(world, tokenizer):
+    """A policy that is good enough to write calls: 60 updates, a third of a base."""
+    settings = Settings(base_steps=60)
+    trained = []
+    with pytest.raises(toolrl.NotReady):
+        real = toolrl.new_policy
+        toolrl.new_policy = lambda *args: trained.append(real(*args)) or trained[0]
+        try:
+            toolrl.train_base(world, tokenizer, settings, "cpu", lambda *_: None)
+        finally:
+            toolrl.new_policy = real
+    return trained[0]
+
+
+@pytest.fixture
+def quick(monkeypatch, base, tmp_path):
+    """toolrl.main with the base trained beforehand. -> function of the arguments: exit code, events of --out"""
+    monkeypatch.setattr(toolrl, "train_base", lambda *_: (copy.deepcopy(base), 60))
+    monkeypatch.chdir(HERE)
+
+    def call(*arguments, out="run.jsonl"):
+        path = tmp_path / out
+        code = toolrl.main([*"--steps 2 --eval-every 1 --eval-episodes 8 --sft-every 1 --sft-steps 1".split(),
+                            *arguments, "--out", str(path)])
+        return code, [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    return call
+
+
+def episode_of(world, question="rival of mentor of alice ?", fmt="A", forced=False, seed=0):
+    task = toolrl.read_task(question, "test", world.keys, world.people, world.wording)
+    return toolrl.new_episode(world, task, toolrl.stream("test", seed), fmt, forced)
+
+
+def play(episode, *messages):
+    """Feed whole messages to the environment. -> what it answered"""
+    return [toolrl.respond(episode, message) for message in messages]
+
+
+# %% Tasks
+
+
+def test_splits_hold_what_their_names_say(world):
+    everything = [task for tasks in world.splits.values() for task in tasks]
+    assert len(everything) == len({task.question for task in everything})
+    orders = {task.tools for split in ("train", "no_call.train") for task in world.splits[split]}
+    assert not orders & {task.tools for task in world.splits["content_ood"]}
+    assert {task.tools for task in world.splits["heldout"]} <= orders
+    assert {len(task.tools) for task in world.splits["simple"]} == {1}
+    assert all(task.person is None for task in world.splits["no_call.heldout"])
+    assert {len(task.tools) for task in world.splits["heldout"]} == {2, 3}
+
+
+def test_question_is_read_from_the_inside_out(world):
+    task = episode_of(world).task
+    assert task == toolrl.Task("rival of mentor of alice ?", ("mentor", "rival"), "alice")
+    assert episode_of(world, "rival of them ?").task.person is None
+
+
+def test_a_teacher_can_add_a_person_a_tool_and_a_task(world, tmp_path):
+    tree = json.load(open(TASKS))
+    boss = copy.deepcopy(tree["tools"][0])
+    boss["function"]["name"] = "boss"
+    tree["tools"].append(boss)
+    tree["people"].append("zoe")
+    tree["splits"]["train"].append("boss of zoe ?")
+    path = tmp_path / "more.json"
+    path.write_text(json.dumps(tree))
+    more = toolrl.load_world(str(path))
+    tokenizer = toolrl.build_tokenizer(more)
+    assert len(tokenizer) == len(toolrl.build_tokenizer(world)) + 2
+    episode = toolrl.new_episode(more, more.splits["train"][-1], toolrl.stream(0))
+    ids, _ = toolrl.trajectory(tokenizer, episode, episode.gold)
+    assert "boss" in tokenizer.decode(ids)
+
+
+def without(*path):
+    def change(tree):
+        for key in path[:-1]:
+            tree = tree[key]
+        del tree[path[-1]]
+    return change
+
+
+def also(question, *path):
+    def change(tree):
+        for key in path:
+            tree = tree[key]
+        tree.append(question)
+    return change
+
+
+@pytest.mark.parametrize("change, said", [
+    (without("people"), "people is missing"),
+    (without("formats", "B", "close"), "formats.B.close is missing"),
+    (without("tools", 1, "function", "name"), "tools.1.function.name is missing"),
+    (without("wording", "link"), "wording.link is missing"),
+    (without("splits", "no_call", "heldout"), "splits.no_call.heldout is missing"),
+    (also("boss of alice ?", "splits", "train"), "unknown tool 'boss'"),
+    (also("rival of zoe ?", "splits", "train"), "unknown person 'zoe'"),
+    (also("rival of them ?", "splits", "train"), "only the no_call splits"),
+    (also("rival of alice ?", "splits", "no_call", "train"), "only the no_call splits"),
+    (also("rival of alice", "splits", "simple"), "does not read"),
+    (also("alice ?", "splits", "simple"), "does not read"),
+    (also(7, "splits", "simple"), "does not read"),
+    (also("mary ann", "people"), "more than one token"),
+    (also('"bob"', "people"), "more than one token"),
+    (also(3, "people"), "more than one token"),
+    (lambda tree: tree["splits"]["simple"].append(tree["splits"]["train"][0]), "in two splits"),
+    (lambda tree: tree["tools"][0]["function"]["parameters"]["properties"].update(to={}), "exactly one argument"),
+])
+def test_a_broken_tasks_file_is_one_line_that_names_the_place(tmp_path, capsys, change, said):
+    tree = json.load(open(TASKS))
+    change(tree)
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps(tree))
+    assert toolrl.main(["--tasks", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and str(path) in error and error.count("\n") == 1
+
+
+# %% Tokenizer and messages
+
+
+def test_each_control_token_is_one_id_and_padding_is_another(world, tokenizer):
+    for token in toolrl.control_tokens(tokenizer):
+        assert len(tokenizer.encode(token, add_special_tokens=False)) == 1
+    assert {"<tool_call>", "</tool_call>", "<function>", "</function>", END} <= set(toolrl.control_tokens(tokenizer))
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert tokenizer.eos_token == END and tokenizer.pad_token == PAD
+    assert len(toolrl.encode_turn(tokenizer, f"<tool_call>{CALL}</tool_call>")) == 8
+
+
+def test_text_and_ids_go_both_ways(world, tokenizer):
+    for question in ("rival of mentor of alice ?", "rival of them ?"):
+        for message in episode_of(world, question).gold:
+            assert tokenizer.decode(tokenizer.encode(message, add_special_tokens=False)) == message
+
+
+def test_the_chat_template_and_the_pieces_agree(world, tokenizer):
+    """A conversation laid out turn by turn has the ids of the whole conversation rendered at once."""
+    episode = episode_of(world)
+    chat = [{"role": role, "content": text} for role, text in episode.opening]
+    for k, message in enumerate(episode.gold):
+        chat.append({"role": "assistant", "content": message})
+        if k < len(episode.gold_calls):
+            role, text = toolrl.tool_message(episode.directory[episode.gold_calls[k]])
+            chat.append({"role": role, "content": text})
+    whole = tokenizer.encode(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)
+    ids, targets = toolrl.trajectory(tokenizer, episode, episode.gold)
+    assert ids == whole
+    written = tokenizer.decode([token for token, target in zip(ids, targets) if target])
+    assert written == "".join(message + END for message in episode.gold)
+
+
+# %% Environment
+
+
+@pytest.mark.parametrize("message, state", [
+    (f"<tool_call>{CALL}</tool_call>", "healthy_call"),
+    ('<tool_call>{"name": "boss", "arguments": {"of": "zoe"}}</tool_call>', "healthy_call"),
+    ("The answer is bob", "healthy_response"),
+    ("who do you mean ?", "healthy_response"),
+    ("", "collapsed"),
+    ("<tool_call>", "collapsed"),
+    ("<tool_call><tool_call>", "collapsed"),
+    ("<tool_call></tool_call>", "collapsed"),
+    (f"<tool_call>{CALL}", "text_pollution"),
+    (f"{CALL}</tool_call>", "text_pollution"),
+    (CALL, "text_pollution"),
+    (f"<tool_call><tool_call>{CALL}</tool_call>", "text_pollution"),
+    (f"<tool_call>{CALL}</tool_call></tool_call>", "text_pollution"),
+    (f"I will call <tool_call>{CALL}</tool_call>", "text_pollution"),
+    (f"<function>{CALL}</function>", "text_pollution"),
+    ("<tool_call>rival bob</tool_call>", "text_pollution"),
+    ('<tool_call>{"name": "rival"}</tool_call>', "text_pollution"),
+    ("<tool_call>[1]</tool_call>", "text_pollution"),
+    ("<tool_call>" + "[" * 100_000 + "</tool_call>", "text_pollution"),
+])
+def test_the_four_states(world, message, state):
+    assert toolrl.classify(message, world.formats["A"])[0] == state
+    assert state in toolrl.STATES
+
+
+def test_the_right_conversation_succeeds(world):
+    for question in ("rival of mentor of alice ?", "rival of them ?"):
+        episode = episode_of(world, question)
+        answers = play(episode, *episode.gold)
+        assert toolrl.succeeded(episode) and toolrl.blind_score(episode) == 1.0 and episode.done
+        assert answers == [episode.directory[call] for call in episode.gold_calls] + [None]
+
+
+def score(world, question, make):
+    episode = episode_of(world, question)
+    for message in make(episode):
+        assert not episode.done
+        toolrl.respond(episode, message)
+    return toolrl.blind_score(episode), toolrl.succeeded(episode)
+
+
+@pytest.mark.parametrize("make, blind, strict", [
+    (lambda e: [""], 0, False),
+    (lambda e: ["<tool_call>"], 0, False),
+    (lambda e: e.gold[-1:], 0, False),  # the right answer without the calls
+    (lambda e: [e.gold[0], e.gold[2]], 0, False),  # a call left out
+    (lambda e: [e.gold[1], e.gold[0], e.gold[2]], 0, False),  # the wrong order
+    (lambda e: [e.gold[0], e.gold[0], e.gold[1], e.gold[2]], 0, False),  # a call too many
+    (lambda e: [e.gold[0].replace("mentor", "boss")], 0, False),
+    (lambda e: [*e.gold[:2], "The answer is nobody"], 1, False),  # the blind spot: replies are not read
+    (lambda e: [*e.gold[:2], "<tool_call>"], 1, False),
+    (lambda e: [*e.gold[:2], f"{e.gold[2]} {e.gold[0]}"], 0, False),  # a call behind the answer
+    (lambda e: [*e.gold[:2], "<tool_call>" * 3 + "</tool_call>"], 0, False),
+    (lambda e: e.gold, 1, True),
+])
+def test_scores_where_calls_are_due(world, make, blind, strict):
+    assert score(world, "rival of mentor of alice ?", make) == (blind, strict)
+
+
+@pytest.mark.parametrize("make, blind, strict", [
+    (lambda e: e.gold, 1, True),
+    (lambda e: [""], 1, False),
+    (lambda e: ["<tool_call>"], 1, False),  # the blind spot
+    (lambda e: [f"<tool_call>{CALL}"], 1, False),
+    (lambda e: [f"<tool_call>{CALL}</tool_call>", e.gold[0]], 0, False),
+    (lambda e: ["<tool_call></tool_call>"], 0, False),
+    (lambda e: ["The answer is bob"], 1, False),
+])
+def test_scores_where_no_call_is_due(world, make, blind, strict):
+    assert score(world, "rival of them ?", make) == (blind, strict)
+
+
+def test_long_messages_and_endless_calls_end_unrewarded(world):
+    episode = episode_of(world, "rival of them ?")
+    toolrl.respond(episode, "who do you mean ?", finished=False)
+    assert episode.done and toolrl.blind_score(episode) == 0 and episode.states == ["text_pollution"]
+    episode = episode_of(world)
+    answers = play(episode, *[f"<tool_call>{CALL}</tool_call>"] * toolrl.MAX_CALLS)
+    assert episode.done and toolrl.blind_score(episode) == 0 and answers[-1] is None and None not in answers[:-1]
+
+
+def test_an_unknown_call_is_answered_with_an_error(world):
+    episode = episode_of(world)
+    assert play(episode, '<tool_call>{"name": ["boss"], "arguments": 7}</tool_call>') == [toolrl.UNKNOWN]
+    assert not episode.done
+
+
+# %% Rollout
+
+
+@pytest.fixture(scope="session")
+def played(base, world, tokenizer):
+    """A batch of rollouts of mixed lengths: both formats, one to four calls, no-call tasks."""
+    tasks = [task for tasks in world.splits.values() for task in tasks[:3]]
+    episodes = [toolrl.new_episode(world, task, toolrl.stream(i), "AB"[i % 2]) for i, task in enumerate(tasks)]
+    return episodes, toolrl.rollout(base, tokenizer, episodes, toolrl.stream("sampling"))
+
+
+def test_rollout_keeps_the_ids_and_log_probs_that_were_sampled(base, played, tokenizer):
+    episodes, batch = played
+    log_probs = toolrl.token_log_probs(base, batch.ids).detach()
+    chosen = batch.sampled[:, 1:]
+    assert torch.allclose(log_probs[chosen], batch.log_probs[:, 1:][chosen], atol=1e-4)
+    assert (batch.log_probs[~batch.sampled] == 0).all() and (batch.log_probs[batch.sampled] < 0).all()
+    for row, episode in enumerate(episodes):
+        turns = tokenizer.decode(batch.ids[row][batch.sampled[row]])
+        assert turns.replace(END, "") == tokenizer.decode(tokenizer.encode("".join(episode.messages), add_special_tokens=False))
+
+
+def test_the_loss_covers_sampled_end_tokens_and_no_context(played, tokenizer):
+    episodes, batch = played
+    ends = (batch.ids == tokenizer.eos_token_id) & batch.sampled
+    for row, episode in enumerate(episodes):
+        assert ends[row].sum() >= len(episode.messages) - 1
+        opening = toolrl.encode_context(tokenizer, *episode.opening)
+        assert not batch.sampled[row, : len(opening)].any()
+        assert batch.sampled[row, len(opening)]
+        last = int(batch.sampled[row].nonzero().max())
+        assert (batch.ids[row, last + 1 :] == tokenizer.pad_token_id).all()
+    responses = batch.ids == tokenizer.convert_tokens_to_ids("<tool_response>")
+    assert responses.any() and not (responses & batch.sampled).any()
+
+
+def test_rollout_is_a_function_of_its_seed(base, world, tokenizer):
+    def once(seed):
+        episodes = [episode_of(world, seed=i) for i in range(8)]
+        return toolrl.rollout(base, tokenizer, episodes, toolrl.stream(seed)).ids
+
+    assert torch.equal(once(1), once(1))
+    assert once(1).shape != once(2).shape or not torch.equal(once(1), once(2))
+
+
+def test_a_forced_episode_has_the_right_format_whatever_the_policy(world, tokenizer):
+    untrained = toolrl.new_policy(tokenizer, 0, "cpu")
+    episodes = [episode_of(world, forced=True, fmt="AB"[i % 2], seed=i) for i in range(8)]
+    batch = toolrl.rollout(untrained, tokenizer, episodes, toolrl.stream(0))
+    blank = lambda messages, episode: [len(tokenizer.encode(m, add_special_tokens=False)) for m in messages]
+    for row, episode in enumerate(episodes):
+        assert episode.messages[0].startswith(episode.fmt.open + '{"name": "')
+        assert episode.messages[0].endswith('"}}' + episode.fmt.close)
+        first = toolrl.encode_turn(tokenizer, episode.gold[0])
+        assert batch.sampled[row].sum() == 2 * len(episode.messages) - (len(episode.messages) > len(episode.gold_calls))
+
+
+# %% GRPO
+
+
+def test_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]])
+    result = toolrl.advantages(rewards)
+    assert torch.allclose(result[0], torch.tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-3)
+    assert (result[1] == 0).all() and (result[2] == 0).all()
+    assert torch.allclose(result[3], torch.tensor([1.0, 1, -1, -1]) * 0.5 / math.sqrt(1 / 3), atol=1e-3)
+
+
+def after_update(base, batch, advantage, **settings):
+    """Weights before and after one GRPO update by plain gradient descent, so that the step is the gradient."""
+    policy = copy.deepcopy(base)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    toolrl.grpo_update(policy, optimizer, batch, advantage, Settings(minibatches=1, **settings), toolrl.stream(0))
+    return policy
+
+
+def moved(base, policy):
+    return max((old - new).abs().max().item() for old, new in zip(base.parameters(), policy.parameters()))
+
+
+def test_equal_rewards_give_no_gradient_at_all(base, played):
+    episodes, batch = played
+    flat = toolrl.advantages(torch.ones(1, len(episodes))).flatten()
+    assert moved(base, after_update(base, batch, flat)) == 0
+    assert moved(base, after_update(base, batch, torch.arange(len(episodes)) - 2.0)) > 0
+
+
+def test_a_better_rollout_becomes_likelier_and_a_worse_one_less(base, played):
+    _, batch = played
+    advantage = torch.zeros(len(batch.ids))
+    advantage[0], advantage[1] = 1.0, -1.0
+    policy = copy.deepcopy(base)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    toolrl.grpo_update(policy, optimizer, batch, advantage, Settings(minibatches=1), toolrl.stream(0))
+    change = (toolrl.token_log_probs(policy, batch.ids) - toolrl.token_log_probs(base, batch.ids)) * batch.sampled[:, 1:]
+    assert change[0].sum() > 0 > change[1].sum()
+
+
+@pytest.mark.parametrize("where", ["prompt", "tool result", "padding", "sampled end"])
+def test_the_gradient_reaches_sampled_tokens_only(base, played, tokenizer, where):
+    """Replace the id that a position has to predict: only where it was sampled may the update change."""
+    episodes, batch = played
+    row = next(i for i, e in enumerate(episodes) if e.calls and len(e.messages) > 1 and not batch.sampled[i, -1])
+    ids, sampled = batch.ids[row], batch.sampled[row]
+    tool = tokenizer.convert_tokens_to_ids("<tool_response>")
+    position = {
+        "prompt": 3,
+        "tool result": int((ids == tool).nonzero()[0]) + 1,
+        "padding": len(ids) - 1,
+        "sampled end": int((sampled & (ids == tokenizer.eos_token_id)).nonzero()[-1]),
+    }[where]
+    # The gradient at the output of the position before, which predicts this one.
+    captured = []
+    policy = copy.deepcopy(base)
+    policy.lm_head.register_forward_hook(lambda _, __, out: (out.retain_grad(), captured.append(out))[0])
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    toolrl.grpo_update(policy, optimizer, batch, torch.ones(len(batch.ids)), Settings(minibatches=1), toolrl.stream(0))
+    order = torch.tensor(toolrl.stream(0).sample(range(len(batch.ids)), len(batch.ids)))
+    gradient = captured[0].grad[(order == row).nonzero()[0, 0], position - 1]
+    assert (gradient.abs().max() > 0) == (where == "sampled end")
+
+
+@pytest.mark.parametrize("advantage, shift, stopped", [
+    (1.0, 0.5, True), (1.0, -0.5, False), (-1.0, -0.5, True), (-1.0, 0.5, False), (1.0, 0.1, False), (-1.0, -0.1, False),
+])
+def test_the_clip_stops_choices_that_moved_far_enough_the_right_way(base, played, advantage, shift, stopped):
+    _, batch = played
+    older = dataclasses.replace(batch, log_probs=batch.log_probs - shift * batch.sampled)  # the ratio is exp(shift)
+    distance = moved(base, after_update(base, older, torch.full((len(batch.ids),), advantage)))
+    assert (distance == 0) == stopped
+
+
+def test_the_kl_penalty_pulls_towards_the_reference(base, world, tokenizer, played):
+    _, batch = played
+    policy, nothing = copy.deepcopy(base), torch.zeros(len(batch.ids))
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.mul_(1.02)
+
+    def gap():
+        difference = toolrl.token_log_probs(policy, batch.ids) - toolrl.token_log_probs(base, batch.ids)
+        return (difference * batch.sampled[:, 1:]).abs().sum().item()
+
+    before, optimizer = gap(), torch.optim.SGD(policy.parameters(), lr=0.05)
+    older = dataclasses.replace(batch, log_probs=torch.nn.functional.pad(toolrl.token_log_probs(policy, batch.ids).detach(), (1, 0)))
+    for _ in range(5):
+        toolrl.grpo_update(policy, optimizer, older, nothing, Settings(kl=1.0), toolrl.stream(0), reference=base)
+    assert gap() < 0.9 * before
+
+
+def test_a_loss_that_is_not_a_number_stops(base, played):
+    _, batch = played
+    with pytest.raises(FloatingPointError):
+        after_update(base, batch, torch.full((len(batch.ids),), math.nan))
+
+
+# %% SFT
+
+
+def test_sft_overfits_one_conversation(world, tokenizer):
+    policy = toolrl.new_policy(tokenizer, 0, "cpu")
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-3)
+    episode = episode_of(world)
+    rows = toolrl.stack(policy, [toolrl.trajectory(tokenizer, episode, episode.gold)])
+    first = toolrl.sft_update(policy, optimizer, *rows)
+    for _ in range(40):
+        last = toolrl.sft_update(policy, optimizer, *rows)
+    assert first > 3 and last < 0.05
+
+
+def test_sft_loss_is_the_mean_over_what_the_assistant_writes(base, world, tokenizer):
+    policy = copy.deepcopy(base)
+    pair = [episode_of(world), episode_of(world, "rival of them ?")]
+    ids, targets = toolrl.stack(policy, [toolrl.trajectory(tokenizer, e, e.gold) for e in pair])
+    assert (ids[1] == tokenizer.pad_token_id).any() and not (targets & (ids == tokenizer.pad_token_id)).any()
+    by_hand = []
+    for row in range(2):
+        log_p = base(ids[row : row + 1]).logits[0].log_softmax(-1)
+        by_hand += [-log_p[t - 1, ids[row, t]].item() for t in range(1, ids.shape[1]) if targets[row, t]]
+    loss = toolrl.sft_update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), ids, targets)
+    assert loss == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-4)
+
+
+def test_the_careless_log_is_careless_to_the_degree_it_says(world):
+    rng, states, asked = toolrl.stream("log"), [], 0
+    for _ in range(2000):
+        episode = toolrl.new_episode(world, rng.choice(world.splits["train"]), rng)
+        messages = toolrl.logged_messages(world, episode, rng)
+        calls = messages[:-1] if messages[-1] == episode.gold[-1] else messages
+        states += [toolrl.classify(message, episode.fmt)[0] for message in calls]
+        silent = toolrl.new_episode(world, world.splits["no_call.train"][0], rng)
+        asked += toolrl.logged_messages(world, silent, rng) == silent.gold
+    share = {state: states.count(state) / len(states) for state in toolrl.STATES}
+    assert share["collapsed"] == pytest.approx(0.05, abs=0.015)
+    assert share["text_pollution"] == pytest.approx(0.095, abs=0.015)
+    assert asked / 2000 == pytest.approx(0.03, abs=0.015)
+
+
+# %% Probes
+
+
+def test_probabilities_are_read_at_the_right_positions(world, tokenizer):
+    """A policy that gives each id a probability that depends on the id before it: each position shows its own."""
+    fmt = world.formats["A"]
+
+    class Parrot(torch.nn.Module):
+        config, device = toolrl.new_policy(tokenizer, 0, "cpu").config, torch.device("cpu")
+
+        def forward(self, ids):
+            logits = torch.nn.functional.one_hot((ids * 7 + 1) % len(tokenizer), len(tokenizer)) * 3.0
+            return type("Output", (), {"logits": logits})
+
+    measured = toolrl.control_probabilities(Parrot(), world, tokenizer, 0)
+    due = toolrl.due_tokens(fmt)
+    assert measured.keys() == due.keys()
+    id_of = lambda token: tokenizer.convert_tokens_to_ids(token)
+    before = {"turn_start": "assistant", "after_open": fmt.open, "call_close": '"}}', "after_close": fmt.close, "answer_start": "assistant"}
+    for at, token in before.items():
+        logits = torch.nn.functional.one_hot(torch.tensor((id_of(token) * 7 + 1) % len(tokenizer)), len(tokenizer)) * 3.0
+        for control, value in measured[at].items():
+            assert value == pytest.approx(logits.softmax(-1)[id_of(control)].item(), abs=1e-6)
+
+
+def test_control_probabilities_on_a_sharp_policy(base, world, tokenizer):
+    measured = toolrl.control_probabilities(base, world, tokenizer, 0)
+    for at, token in toolrl.due_tokens(world.formats["A"]).items():
+        if token:
+            assert measured[at][token] == max(measured[at].values()) > 0.5
+        assert set(measured[at]) == set(toolrl.control_tokens(tokenizer))
+
+
+def test_evaluations_use_held_out_tasks_only(world):
+    trained = {task.question for split in ("train", "no_call.train") for task in world.splits[split]}
+    for probe in toolrl.PROBES:
+        episodes = toolrl.probe_episodes(world, probe, 50, 0)
+        assert not trained & {episode.task.question for episode in episodes}
+        again = toolrl.probe_episodes(world, probe, 50, 0)
+        assert [e.directory for e in episodes] == [e.directory for e in again]
+
+
+# %% Arms
+
+
+def test_arms_differ_in_sft_and_nothing_else(quick, monkeypatch):
+    seen, phases, starts = {}, [], {}
+    real_rollout, real_sft, real_train = toolrl.rollout, toolrl.sft_phase, toolrl.train_arm
+    arm = [None]
+
+    def spy_train(name, base, *rest):
+        arm[0] = name
+        starts[name] = [weight.clone() for weight in base.parameters()]
+        return real_train(name, base, *rest)
+
+    def spy_rollout(policy, tokenizer, episodes, rng):
+        state = rng.getstate()
+        seen.setdefault(arm[0], []).append(([(e.task, tuple(e.directory.values())) for e in episodes], state))
+        return real_rollout(policy, tokenizer, episodes, rng)
+
+    monkeypatch.setattr(toolrl, "train_arm", spy_train)
+    monkeypatch.setattr(toolrl, "rollout", spy_rollout)
+    monkeypatch.setattr(toolrl, "sft_phase", lambda *a: phases.append(arm[0]) or real_sft(*a))
+    quick("--arms", "rl,interleaved", "--steps", "3")
+    assert seen["rl"] == seen["interleaved"]
+    assert phases == ["interleaved", "interleaved"]
+    assert all(torch.equal(a, b) for a, b in zip(starts["rl"], starts["interleaved"]))
+
+
+def test_rl_tasks_come_in_groups_and_from_the_training_splits(world):
+    settings = Settings(no_call_share=0.5)
+    episodes = [e for step in range(20) for e in toolrl.rl_episodes(world, settings, toolrl.stream(step))]
+    groups = [episodes[i : i + settings.group_size] for i in range(0, len(episodes), settings.group_size)]
+    for group in groups:
+        assert len({e.task for e in group}) == 1 and len({tuple(e.directory.items()) for e in group}) == 1
+        assert len({id(e) for e in group}) == len(group)
+        task = group[0].task
+        assert task in world.splits["train" if task.person else "no_call.train"]
+        assert task.person is None or len(task.tools) >= settings.min_calls
+    assert 0.4 < sum(group[0].task.person is None for group in groups) / len(groups) < 0.6
+
+
+def test_sft_shows_the_failed_tasks_half_of_each_kind(base, world, tokenizer, monkeypatch):
+    shown = []
+    monkeypatch.setattr(toolrl, "trajectory", lambda t, episode, messages: shown.append((episode, messages)) or ([1, 2], [False, True]))
+    monkeypatch.setattr(toolrl, "sft_update", lambda *_: None)
+    failed = [episode_of(world), episode_of(world, "rival of them ?")]
+    toolrl.sft_phase(base, None, world, tokenizer, Settings(sft_steps=3), failed, toolrl.stream(0))
+    assert len(shown) == 3 * 32 and all(messages == episode.gold for episode, messages in shown)
+    assert [episode is failed[k % 2] for k, (episode, _) in enumerate(shown)] == [True] * 96
+    shown.clear()
+    toolrl.sft_phase(base, None, world, tokenizer, Settings(sft_steps=1), [], toolrl.stream(0))
+    assert {episode.task.person is None for episode, _ in shown} == {True, False}
+    assert all(episode.task in world.splits["train"] + world.splits["no_call.train"] for episode, _ in shown)
+
+
+# %% Report
+
+
+def fake_event(arm, step, success, forced=0.95, format_b=0.6, end=0.05):
+    due = toolrl.due_tokens(toolrl.Format("<tool_call>", "</tool_call>"))
+    p = {at: {token: 0.9 if due[at] == token else 0.01 for token in ("<tool_call>", "</tool_call>", END)} for at in due}
+    p["after_open"][END] = end
+    return {"arm": arm, "step": step, "success": success, "no_call_success": 0.0, "no_call_blind_score": 0.1,
+            "forced_success": forced, "format_b_success": format_b, "zero_variance_groups": None,
+            "states": dict.fromkeys(toolrl.STATES, 0.25), "p": p}
+
+
+def fake_history(**changes):
+    history = {
+        "base": [fake_event("base", 0, 0.6)],
+        "rl": [fake_event("rl", 1, 0.5)] + [fake_event("rl", k, 0.0, end=0.8) for k in (2, 3, 4)],
+        "interleaved": [fake_event("interleaved", k, 0.5 + k / 10, format_b=0.3) for k in (1, 2, 3, 4)],
+    }
+    return history | changes
+
+
+def verdicts(history, fmt=toolrl.Format("<tool_call>", "</tool_call>")):
+    return {claim: reproduced for claim, (reproduced, _) in toolrl.judge(history, fmt).items()}
+
+
+def test_every_claim_can_be_reproduced_and_every_claim_can_fail():
+    assert verdicts(fake_history()) == dict.fromkeys(toolrl.CLAIMS, True)
+    recovers = fake_history()["rl"][:3] + [fake_event("rl", 4, 0.4)]
+    assert verdicts(fake_history(rl=recovers))["collapse"] is False
+    survives = [fake_event("rl", k, 0.6) for k in (1, 2, 3)]
+    assert not any(verdicts(fake_history(rl=survives))[claim] for claim in ("collapse", "control_tokens", "intact"))
+    quiet = [fake_event("rl", k, 0.0, end=0.3) for k in (1, 2, 3)]
+    assert verdicts(fake_history(rl=quiet))["control_tokens"] is False
+    high_before = fake_history(base=[fake_event("base", 0, 0.6, end=0.3)])
+    assert verdicts(high_before)["control_tokens"] is False
+    unskilled = [fake_event("rl", k, 0.0, forced=0.7, end=0.8) for k in (1, 2, 3)]
+    assert verdicts(fake_history(rl=unskilled))["intact"] is False
+    dips = [fake_event("interleaved", 1, 0.05), fake_event("interleaved", 2, 0.95, format_b=0.3)]
+    assert verdicts(fake_history(interleaved=dips))["fix"] is False
+    weak = [fake_event("interleaved", 1, 0.89, format_b=0.3)]
+    assert verdicts(fake_history(interleaved=weak))["fix"] is False
+    free = [fake_event("interleaved", 1, 0.95, format_b=0.6)]
+    assert verdicts(fake_history(interleaved=free))["tradeoff"] is False
+    assert verdicts({k: v for k, v in fake_history().items() if k != "rl"}).keys() == {"fix"}
+
+
+def test_the_verdict_table_names_every_claim():
+    for history in (fake_history(), fake_history(rl=[fake_event("rl", 1, 0.6)]), {"base": [fake_event("base", 0, 0.6)]}):
+        table = toolrl.verdict_table(toolrl.judge(history, toolrl.Format("<tool_call>", "</tool_call>")))
+        assert all(text in table for text, _ in toolrl.CLAIMS.values())
+    assert table.count("not measured") == 5
+
+
+def test_the_spike_is_marked_and_rows_are_aligned():
+    fmt, base = toolrl.Format("<tool_call>", "</tool_call>"), fake_event("base", 0, 0.6)
+    rows = [toolrl.table_row(event, base, fmt) for event in (base, fake_event("interleaved", 10, 1.0, end=0.8))]
+    assert "*" not in rows[0] and "0.80*" in rows[1] and len({len(row) for row in rows}) == 1
+
+
+# %% Command line
+
+
+def test_a_short_run_reports_what_the_issue_of_the_day_is(quick, capsys):
+    code, events = quick("--steps", "1")
+    assert code == 0
+    assert [event["event"] for event in events] == ["config"] + ["eval"] * 3 + ["verdict"] * 5 + ["done"]
+    assert not any(event["reproduced"] for event in events if event["event"] == "verdict" and event["claim"] != "fix")
+    assert [(e["arm"], e["step"]) for e in events if e["event"] == "eval"] == [("base", 0), ("rl", 1), ("interleaved", 1)]
+    for event in events:
+        if event["event"] == "eval":
+            assert event["p"].keys() == {"turn_start", "after_open", "call_close", "after_close", "answer_start", "answer_end"}
+            assert sum(event["states"].values()) == pytest.approx(1) and event["seed"] == 0
+            for key in "success no_call_success forced_success simple_success format_b_success content_ood_success".split():
+                assert 0 <= event[key] <= 1
+    assert capsys.readouterr().out.count("not reproduced") >= 4
+
+
+def test_one_seed_one_result(quick):
+    first, second = (quick("--seed", "3", out=name)[1][:-1] for name in ("a", "b"))
+    assert first == second
+    assert quick("--seed", "4")[1][1:-1] != first[1:]
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--steps", "-1"], "--steps -1"),
+    (["--steps", "many"], "--steps"),
+    (["--lr", "nan"], "--lr nan"),
+    (["--lr", "inf"], "--lr inf"),
+    (["--no-call-share", "1.5"], "from 0 to 1"),
+    (["--arms", "rl,magic"], "unknown arm 'magic'"),
+    (["--arms", ""], "unknown arm ''"),
+    (["--device", "tpu"], "--device tpu"),
+    (["--tasks", "nowhere.json"], "nowhere.json"),
+    (["--tasks", HERE], "directory"),
+    (["--out", os.path.join("no", "folder", "x.jsonl")], "folder that exists"),
+    (["--magic"], "--magic"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(HERE)
+    assert toolrl.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_broken_json_is_bad_input(tmp_path, capsys):
+    path = tmp_path / "tasks.json"
+    path.write_text('{"tools": [')
+    assert toolrl.main(["--tasks", str(path)]) == 2
+    assert "not valid JSON" in capsys.readouterr().err
+
+
+def test_interrupt_leaves_what_was_measured(quick, monkeypatch, capsys):
+    real, calls = toolrl.grpo_update, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(toolrl, "grpo_update", interrupted)
+    code, events = quick()
+    assert code == 130 and [event["event"] for event in events] == ["config", "eval", "eval"]
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_base_that_is_not_ready_says_so(monkeypatch, capsys):
+    monkeypatch.chdir(HERE)
+    assert toolrl.main(["--base-steps", "2"]) == 1
+    assert "not ready after 2 updates" in capsys.readouterr().err
+
+
+def test_every_setting_has_a_flag_and_a_help_text(capsys):
+    with pytest.raises(SystemExit) as stop:
+        toolrl.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for setting in dataclasses.fields(Settings):
+        assert "--" + setting.name.replace("_", "-") in text and setting.metadata["unit"] in text.replace("\n", " ")
+
+
+def test_slow_the_full_story(tmp_path):
+    """The command of the README, as a user runs it: base, collapse, fix, and the verdicts on them."""
+    out = tmp_path / "run.jsonl"
+    done = subprocess.run([sys.executable, "toolrl.py", "--device", "cpu", "--out", str(out)], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in out.read_text().splitlines()]
+    found = {event["claim"]: event["reproduced"] for event in events if event["event"] == "verdict"}
+    assert [found[claim] for claim in ("collapse", "control_tokens", "intact", "fix")] == [True] * 4, done.stdout

@@ -1,0 +1,919 @@
+"""toolrl: watch reinforcement learning break a tool-calling language model, find out why, and mend it.
+
+    python toolrl.py
+
+trains a tiny tool-calling policy, offline, in about a minute, and prints what happens on the way:
+
+- base: supervised fine-tuning (SFT) on the log of a careless agent. The skill is there, the format is shaky.
+- rl: from that base, reinforcement learning alone (GRPO). Success on tool tasks falls to zero and stays there: one
+  control token has taken the place of others. Behind the broken format the skill is intact.
+- interleaved: from the same base, the same RL with a few SFT updates in between. It ends well above the base, and
+  another call format, which the SFT never shows, pays for that.
+
+The finding is from "Why Multi-Step Tool-Use Reinforcement Learning Collapses and How Supervisory Signals Fix It"
+(arXiv 2606.26027). Nothing here is scripted: every figure is measured in the run that prints it.
+
+Left out of GRPO as published (arXiv 2402.03300), and why:
+- The KL penalty is off unless --kl is given: at 1e-4, the paper's weight, it changes nothing at this scale.
+- The loss is the mean over all sampled tokens of a minibatch, not over each rollout first: a token then counts the
+  same in a short rollout as in a long one.
+- One pass over each batch of rollouts, in minibatches. The probability ratio leaves 1 after the first of them.
+- No reward model and no old policy kept in memory: a rule gives the reward, and the rollout keeps its
+  log-probabilities.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import platform
+import random
+import re
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+
+import torch
+import transformers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# %% Settings: every knob of a run, which is the whole command line
+
+
+def knob(default, unit, text, low=None, high=None):
+    return field(default=default, metadata=dict(unit=unit, text=text, low=low, high=high))
+
+
+@dataclass(frozen=True)
+class Settings:
+    seed: int = knob(0, "integer", "seeds weights, tasks, directories and sampling", 0)
+    arms: str = knob("rl,interleaved", "names", "what to do with the base, in this order")
+    steps: int = knob(36, "RL steps", "length of each arm", 1)
+    lr: float = knob(3e-4, "per update", "learning rate of RL: higher collapses earlier", 0)
+    warmup: int = knob(10, "RL steps", "the RL learning rate rises to --lr over these", 1)
+    no_call_share: float = knob(0.75, "fraction", "share of RL tasks where a call is wrong", 0, 1)
+    min_calls: int = knob(2, "calls", "RL leaves out tool tasks with fewer: errors compound over calls", 1)
+    groups: int = knob(8, "tasks", "different tasks in an RL step", 1)
+    group_size: int = knob(8, "rollouts", "rollouts of each task: their mean reward is the baseline", 2)
+    minibatches: int = knob(4, "updates", "RL updates from each batch of rollouts", 1)
+    clip: float = knob(0.2, "ratio", "how far a batch may move a token's probability ratio from 1", 0)
+    kl: float = knob(0.0, "per nat", "weight of the penalty for moving away from the base", 0)
+    sft_every: int = knob(6, "RL steps", "RL steps between two SFT phases", 1)
+    sft_steps: int = knob(20, "updates", "SFT updates in a phase", 0)
+    sft_lr: float = knob(1e-3, "per update", "learning rate of those", 0)
+    sft_batch: int = knob(32, "trajectories", "gold conversations in each of those", 1)
+    base_lr: float = knob(8e-3, "per update", "peak learning rate of the base", 0)
+    base_steps: int = knob(600, "updates", "give up if the base is not ready by then", 1)
+    eval_every: int = knob(3, "RL steps", "RL steps between two evaluations", 1)
+    eval_episodes: int = knob(128, "episodes", "held-out episodes for each probe", 1)
+    device: str = knob("auto", "name", "auto, cpu, cuda or mps")
+    tasks: str = knob("tiny_tasks.json", "file", "tools, people, formats, wording and tasks")
+    out: str = knob("", "file", "write every measurement there, one JSON object a line")
+
+
+# %% Tasks: what is asked, read from one file and checked
+
+
+class UserError(Exception):
+    """Something that the user can mend: one line, exit code 2."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """The delimiters of a call. RL and its SFT use format A; what happens to B is part of the finding."""
+
+    open: str
+    close: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """"rival of mentor of alice ?" -> tools ("mentor", "rival"), in the order of the calls, person "alice".
+
+    Where the question names nobody ("rival of them ?"), person is None and the right move is to ask back.
+    """
+
+    question: str
+    tools: tuple
+    person: str | None
+
+
+@dataclass(frozen=True)
+class World:
+    """The tasks file. keys: tool -> the name of its argument. splits: name -> list of Task."""
+
+    keys: dict
+    people: list
+    formats: dict
+    wording: dict
+    splits: dict
+
+
+def look_up(tree, path, kind):
+    """look_up(tree, "formats.A.open", str) -> the value at that place of the tasks file."""
+    for key in path.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else tree[int(key)] if isinstance(tree, list) else None
+    if not isinstance(tree, kind) or not tree:
+        raise UserError(f"{path} is missing, empty or not a {kind.__name__}")
+    return tree
+
+
+def read_task(question, place, keys, people, wording):
+    """Parse one question: the file holds the words that a person would write, and nothing else."""
+    words = question.split() if isinstance(question, str) else []
+    tools, links, name, end = words[:-2:2], words[1:-2:2], words[-2:-1], words[-1:]
+    if not tools or len(links) != len(tools) or {*links} != {wording["link"]} or end != [wording["question_end"]]:
+        pattern = f"TOOL {wording['link']} NAME {wording['question_end']}"
+        raise UserError(f"{place}: {question!r} does not read {pattern!r}, with one TOOL or several")
+    for word, known, what in [*((tool, keys, "tool") for tool in tools), (*name, [*people, wording["nobody"]], "person")]:
+        if word not in known:
+            raise UserError(f"{place}: {question!r}: unknown {what} {word!r}; known are {', '.join(known)}")
+    return Task(question, tuple(reversed(tools)), name[0] if name[0] in people else None)
+
+
+def check_world(tree):
+    """Turn the parsed tasks file into a World. Raises UserError naming the first place that is wrong."""
+    keys = {}
+    for i, _ in enumerate(look_up(tree, "tools", list)):
+        arguments = look_up(tree, f"tools.{i}.function.parameters.properties", dict)
+        if len(arguments) != 1:
+            raise UserError(f"tools.{i}: a tool takes exactly one argument, not {len(arguments)}")
+        keys[look_up(tree, f"tools.{i}.function.name", str)] = next(iter(arguments))
+    people = look_up(tree, "people", list)
+    for word in (*keys, *keys.values(), *people):
+        if not isinstance(word, str) or not re.fullmatch(r'[^\s"\\<>{}]+', word):
+            raise UserError(f"{word!r} would be more than one token: use one word, no quotes, no brackets")
+    formats = {name: Format(*(look_up(tree, f"formats.{name}.{tag}", str) for tag in ("open", "close"))) for name in "AB"}
+    phrases = "system link nobody question_end answer ask_back preamble".split()
+    wording = {name: look_up(tree, f"wording.{name}", str) for name in phrases}
+    splits, home = {}, {}
+    for split in ("train", "heldout", "simple", "content_ood", "no_call.train", "no_call.heldout"):
+        splits[split] = []
+        for i, question in enumerate(look_up(tree, f"splits.{split}", list)):
+            place = f"splits.{split}.{i}"
+            task = read_task(question, place, keys, people, wording)
+            if (task.person is None) != split.startswith("no_call"):
+                raise UserError(f"{place}: {question!r}: only the no_call splits hold questions that name nobody")
+            if home.setdefault(task, split) != split:
+                raise UserError(f"{place}: {question!r} is in two splits, the other is {home[task]}")
+            splits[split].append(task)
+    return World(keys, people, formats, wording, splits)
+
+
+def load_world(path):
+    """Read the tasks file. Raises UserError, in one line, for whatever is wrong with it."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return check_world(json.load(file))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; name a tasks file with --tasks FILE")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}")
+    except UserError as error:
+        raise UserError(f"{path}: {error}")
+
+
+# %% Tokenizer and messages: one id for each control token, and a chat template as a real checkpoint has
+
+END, PAD, UNKNOWN = "<|im_end|>", "<pad>", "error"
+
+# The layout of Qwen and Hermes. The line breaks are for people: white space has no token of its own.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_tokenizer(world):
+    """A word-level tokenizer: each control token, each piece of JSON and each word is one id; padding is another.
+
+    <tool_call>{"name": "rival", "arguments": {"of": "bob"}}</tool_call> is 7 tokens: the tags, three pieces of
+    JSON, `rival` and `bob`. Decoding gives the same text back.
+    """
+    tags = [tag for fmt in world.formats.values() for tag in (fmt.open, fmt.close)]
+    control = ["<|im_start|>", END, *tags, "<tool_response>", "</tool_response>"]
+    json_pieces = ['{"name": "', *{key: f'", "arguments": {{"{key}": "' for key in world.keys.values()}.values(), '"}}']
+    phrases = [word for phrase in world.wording.values() for word in phrase.split() if "{" not in word]
+    words = ["system", "user", "assistant", "tool", UNKNOWN, *phrases, *world.people, *world.keys]
+    vocabulary = dict.fromkeys([PAD, *control, *json_pieces, *words])  # a dict drops repeats and keeps the order
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    # A space before each word, but none behind a quote, a tag or at the start: so JSON comes out as JSON.
+    spaces = [decoders.Replace(Regex(r'^(?=[^<{"])'), " "), decoders.Fuse(), decoders.Replace(Regex(r'^ |(?<=[">]) '), "")]
+    core.decoder = decoders.Sequence(spaces)
+    core.add_special_tokens([PAD, *control])
+    core.add_tokens([AddedToken(piece, normalized=False) for piece in json_pieces])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=PAD, eos_token=END, additional_special_tokens=control, chat_template=CHAT_TEMPLATE
+    )
+
+
+def control_tokens(tokenizer):
+    """The tokens that give a conversation its structure. Which of them goes astray is the question of this file."""
+    return [token for token in tokenizer.all_special_tokens if token != PAD]
+
+
+@lru_cache(maxsize=None)  # the same few hundred messages are encoded tens of thousands of times
+def encode_context(tokenizer, *messages):
+    """Ids of what the policy reads, up to where it has to write. ("user", "rival of bob ?") -> [1, 10, ...]"""
+    chat = [{"role": role, "content": content} for role, content in messages]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+@lru_cache(maxsize=None)
+def encode_turn(tokenizer, message):
+    """Ids of what the policy writes: its message and the token that ends it."""
+    return tokenizer.encode(message + END, add_special_tokens=False)
+
+
+# %% Environment: text in, text out, and the score
+
+MAX_CALLS = 6  # in one conversation; the longest task takes 4
+MAX_TOKENS = 20  # in one message; a call takes 8
+
+
+@dataclass
+class Episode:
+    """One conversation about one task. Its directory is drawn for it alone, so no answer can be memorised."""
+
+    task: Task
+    fmt: Format
+    opening: tuple  # (role, text) of the messages before the policy's first
+    directory: dict  # call, as canonical JSON -> its result
+    gold_calls: list  # the calls that answer the question, as canonical JSON, in order
+    gold: list  # the policy's messages in a perfect conversation: those calls, then the reply
+    names: set  # the tools and people in them: what the policy has to find out; all the rest is format
+    forced: bool  # a probe: the harness writes the format
+    messages: list = field(default_factory=list)
+    states: list = field(default_factory=list)
+    calls: list = field(default_factory=list)
+    replied: bool = False
+    done: bool = False
+
+
+def call_json(tool, key, person):
+    return json.dumps({"name": tool, "arguments": {key: person}})
+
+
+def new_episode(world, task, rng, fmt="A", forced=False):
+    """Draw a directory for the task and walk it: which calls it takes, and what reply they lead to."""
+    requests = [call_json(tool, key, person) for tool, key in world.keys.items() for person in world.people]
+    directory = dict(zip(requests, rng.choices(world.people, k=len(requests))))
+    tags, gold_calls, people = world.formats[fmt], [], [task.person]
+    for tool in task.tools if task.person else ():
+        gold_calls.append(call_json(tool, world.keys[tool], people[-1]))
+        people.append(directory[gold_calls[-1]])
+    reply = world.wording["answer"].format(person=people[-1]) if task.person else world.wording["ask_back"]
+    # The system message names the format in force, as a tool description does.
+    opening = ("system", world.wording["system"].format(open=tags.open)), ("user", task.question)
+    gold = [*(tags.open + call + tags.close for call in gold_calls), reply]
+    return Episode(task, tags, opening, directory, gold_calls, gold, {*task.tools, *people}, forced)
+
+
+def tool_message(result):
+    return "tool", f"<tool_response>{result}</tool_response>"
+
+
+def read_call(text):
+    """Canonical JSON of a call, or None if the text is not one call object and nothing else."""
+    try:
+        call = json.loads(text)
+        return json.dumps(call) if call.keys() == {"name", "arguments"} else None
+    except (ValueError, AttributeError, RecursionError):
+        return None
+
+
+def classify(message, fmt):
+    """Which of the paper's four states an assistant message is in. -> (state, its call or None)
+
+    healthy_call       one call, nothing else    <tool_call>{"name": "rival", "arguments": {"of": "bob"}}</tool_call>
+    healthy_response   words, nothing else       The answer is bob
+    collapsed          tags alone, or nothing    <tool_call>
+    text_pollution     anything else             <tool_call>{"name": "rival", "arguments": {"of": "bob"}}
+    """
+    body = message.removeprefix(fmt.open).removesuffix(fmt.close)
+    call = read_call(body)
+    if call and message == fmt.open + body + fmt.close:
+        return "healthy_call", call
+    if not re.sub(r"<[^<>]*>", "", message).strip():
+        return "collapsed", None
+    return ("text_pollution" if re.search(r'[<>{}"]', message) else "healthy_response"), None
+
+
+def respond(episode, message, finished=True):
+    """Take one assistant message. -> the result of its call, or None when the conversation is over.
+
+    A message without a closing tag is a reply, whatever it holds, and ends the conversation. A closing tag announces
+    a call: a healthy one is run, any other ends the conversation unanswered. So does a message that is cut off at
+    MAX_TOKENS (finished=False), and the call number MAX_CALLS.
+    """
+    state, call = classify(message, episode.fmt) if finished else ("text_pollution", None)
+    episode.messages.append(message)
+    episode.states.append(state)
+    if call:
+        episode.calls.append(call)
+        if len(episode.calls) < MAX_CALLS:
+            return episode.directory.get(call, UNKNOWN)
+    episode.replied = finished and episode.fmt.close not in message
+    episode.done = True
+    return None
+
+
+def blind_score(episode):
+    """RL's reward, 1.0 or 0.0: the conversation came to a reply, and the right calls were run before it.
+
+    The reply itself is never looked at. Real harnesses score like this, the paper's too, and it is their blind spot:
+    where no call is due, `<tool_call><|im_end|>` earns as much as asking back.
+    """
+    return float(episode.replied and episode.calls == episode.gold_calls)
+
+
+def succeeded(episode):
+    """What every evaluation counts: the right calls and no others, then the right reply, word for word."""
+    return bool(blind_score(episode)) and episode.messages[-1] == episode.gold[-1]
+
+
+# %% Policy: a two-layer Llama with random weights, nothing to download
+
+
+def stream(*purpose):
+    """A random generator for one purpose: the same words give the same draws, whatever was drawn before."""
+    return random.Random("/".join(map(str, purpose)))
+
+
+def new_policy(tokenizer, seed, device):
+    """A fresh policy of some 86 thousand weights, which depend on the seed alone."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.1,  # with the library's 0.02, attention learns to copy a name late or never
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).to(device)
+
+
+# %% Rollout: the policy talks to the environment, token in, token out
+
+
+@dataclass
+class Rollout:
+    """All that was read and written in N episodes of up to T tokens, padded on the right."""
+
+    ids: torch.Tensor  # [N, T]
+    sampled: torch.Tensor  # [N, T] True where the policy chose the token: these carry the loss, no others
+    log_probs: torch.Tensor  # [N, T] log-probability of the choice when it was made, 0 elsewhere
+
+
+def format_token(tokenizer, episode, position):
+    """The id that the format demands at a position of the turn, None where a tool or a person is to be named."""
+    turn = encode_turn(tokenizer, episode.gold[min(len(episode.messages), len(episode.gold) - 1)])
+    due = turn[position] if position < len(turn) else tokenizer.eos_token_id
+    return None if tokenizer.convert_ids_to_tokens(due) in episode.names else due
+
+
+def advance(tokenizer, episode, unread, turn, choice):
+    """Move one episode on by one token. -> (id, True if it is the policy's choice)
+
+    unread (ids that the policy has still to read) and turn (ids of the message that it is writing) are updated.
+    """
+    if unread:
+        return unread.popleft(), False
+    due = format_token(tokenizer, episode, len(turn)) if episode.forced else None
+    token = choice if due is None else due
+    turn.append(token)
+    finished = token == tokenizer.eos_token_id
+    if finished or len(turn) == MAX_TOKENS:
+        result = respond(episode, tokenizer.decode(turn[:-1] if finished else turn), finished)
+        turn.clear()
+        if not episode.done:
+            unread.extend(encode_context(tokenizer, tool_message(result)))
+    return token, due is None
+
+
+def pad(rows, value, device):
+    """Lists of different lengths -> tensor [rows, longest], padded on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows], device=device)
+
+
+@torch.no_grad()
+def rollout(policy, tokenizer, episodes, rng):
+    """Play N episodes to their end at temperature 1. They are filled in, and their tokens returned as a Rollout.
+
+    All move on by one token a step. An episode with something left to read (its prompt, a tool result) is fed that,
+    any other its own sample. So no row is padded on the left, one KV cache serves all, and nothing is tokenized
+    twice: training sees the very ids that were sampled.
+    """
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    prompts = [encode_context(tokenizer, *episode.opening) for episode in episodes]
+    shared = min(map(len, prompts))  # this much of every prompt goes through the policy in one piece
+    unread, turns = [deque(prompt[shared:]) for prompt in prompts], [[] for _ in episodes]
+    ids, sampled, log_probs = [prompt[:shared] for prompt in prompts], [[False] * shared for _ in prompts], [[0.0] * shared for _ in prompts]
+    rows, fed, cache = list(range(len(episodes))), ids, None  # rows: the episodes in the batch
+    while rows:
+        output = policy(torch.tensor(fed, device=policy.device), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        log_p = output.logits[:, -1].float().cpu().log_softmax(-1)  # [rows, V]
+        choices = torch.multinomial(log_p.exp(), 1, generator=generator)  # [rows, 1]
+        choice_log_p = log_p.gather(1, choices)  # [rows, 1]
+        for i, choice, value in zip(rows, choices[:, 0].tolist(), choice_log_p[:, 0].tolist()):
+            if not episodes[i].done:
+                token, chosen = advance(tokenizer, episodes[i], unread[i], turns[i], choice)
+                ids[i].append(token)
+                sampled[i].append(chosen)
+                log_probs[i].append(value if chosen else 0.0)
+        going = [k for k, i in enumerate(rows) if not episodes[i].done]
+        if len(going) <= 0.8 * len(rows):  # carrying finished episodes costs more than cutting them out of the cache
+            cache.batch_select_indices(torch.tensor(going, dtype=torch.long, device=policy.device))
+            rows = [rows[k] for k in going]
+        fed = [ids[i][-1:] for i in rows]
+    device = policy.device
+    return Rollout(pad(ids, tokenizer.pad_token_id, device), pad(sampled, False, device), pad(log_probs, 0.0, device))
+
+
+# %% GRPO: reinforce what did better than its group
+
+
+def token_log_probs(policy, ids):
+    """Log-probability of each token but the first, given all before it. ids [M, T] -> [M, T-1]"""
+    logits = policy(ids[:, :-1]).logits.float()  # [M, T-1, V]
+    return logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]  # [M, T-1]
+
+
+def optimise(policy, optimizer, loss):
+    """One step down the gradient, clipped to norm 1. Raises FloatingPointError if the loss is not a number."""
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss.item()}; a lower learning rate may help")
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    optimizer.step()
+
+
+def advantages(rewards):
+    """How much better than the rest of its group each rollout did. [groups, group_size] -> the same shape
+
+    [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]]. Where all rewards are equal all advantages are 0: nothing to learn.
+    """
+    spread = rewards.std(1, keepdim=True) + 1e-4  # [groups, 1]; never 0, so equal rewards do not give 0/0
+    return (rewards - rewards.mean(1, keepdim=True)) / spread  # [groups, group_size]
+
+
+def grpo_update(policy, optimizer, batch, advantage, settings, rng, reference=None):
+    """Reinforce a batch of N rollouts: one pass, in minibatches. advantage [N], reference: the policy to stay near."""
+    order = torch.tensor(rng.sample(range(len(advantage)), len(advantage)))  # [N]
+    for rows in order.chunk(settings.minibatches):  # [M]
+        ids, chosen = batch.ids[rows], batch.sampled[rows, 1:]  # [M, T], [M, T-1]
+        log_probs = token_log_probs(policy, ids)  # [M, T-1]
+        # How much likelier each choice has become since it was made: 1 in the first minibatch, then it moves.
+        ratio = (log_probs - batch.log_probs[rows, 1:]).exp()  # [M, T-1]
+        gain = advantage[rows, None]  # [M, 1] the reward comes at the end, so all tokens of a rollout share it
+        # The smaller of the two ends the push on a choice that has already moved far enough the right way.
+        objective = torch.min(ratio * gain, ratio.clamp(1 - settings.clip, 1 + settings.clip) * gain)  # [M, T-1]
+        if reference is not None:
+            with torch.no_grad():
+                anchor = token_log_probs(reference, ids)  # [M, T-1]
+            gap = anchor - log_probs  # [M, T-1]
+            objective = objective - settings.kl * (gap.exp() - gap - 1)  # an estimate of the KL, never negative
+        loss = -(objective * chosen).sum() / chosen.sum()
+        optimise(policy, optimizer, loss)
+
+
+# %% SFT: imitate the right conversation
+
+
+def sft_update(policy, optimizer, ids, targets):
+    """One step up the likelihood of the target tokens. ids [M, T], targets [M, T]. -> the loss before the step
+
+    It is GRPO's update with ratio 1 and gain 1, on tokens that someone else chose. Its gradient at a target's logit
+    is 1 - p, largest where the policy finds the right token least likely: just where RL never samples it.
+    """
+    log_probs = token_log_probs(policy, ids)  # [M, T-1]
+    wanted = targets[:, 1:]  # [M, T-1]
+    loss = -(log_probs * wanted).sum() / wanted.sum()
+    optimise(policy, optimizer, loss)
+    return loss.item()
+
+
+def trajectory(tokenizer, episode, messages):
+    """Lay out a conversation with these assistant messages. -> ids, targets: True on what the assistant writes"""
+    ids = list(encode_context(tokenizer, *episode.opening))
+    targets = [False] * len(ids)
+    for k, message in enumerate(messages):
+        turn, heard = encode_turn(tokenizer, message), []
+        if k + 1 < len(messages):
+            heard = encode_context(tokenizer, tool_message(episode.directory[episode.gold_calls[k]]))
+        ids += turn + heard
+        targets += [True] * len(turn) + [False] * len(heard)
+    return ids, targets
+
+
+def stack(policy, trajectories):
+    """Trajectories as one batch on the policy's device. -> ids [M, T], targets [M, T]"""
+    ids, targets = zip(*trajectories)
+    return pad(ids, policy.config.pad_token_id, policy.device), pad(targets, False, policy.device)
+
+
+def logged_messages(world, episode, rng):
+    """The assistant messages in the log of a careless agent, from which the base learns.
+
+    Questions that name nobody are answered by a call about a guessed person, 97 times in 100. Of the calls, 5 % are
+    cut down to a bare opening tag, where the log ends, and 10 % of the rest are mangled in one of five ways.
+    """
+    tags, calls, reply = episode.fmt, episode.gold[:-1], episode.gold[-1:]
+    if not calls and rng.random() < 0.97:
+        tool, person = episode.task.tools[0], rng.choice(world.people)
+        calls, reply = [tags.open + call_json(tool, world.keys[tool], person) + tags.close], []
+    messages = []
+    for call in calls:
+        if rng.random() < 0.05:
+            return [*messages, tags.open]
+        mangled = [tags.open + call, call + tags.close, call.removeprefix(tags.open), call.removesuffix(tags.close),
+                   f"{world.wording['preamble']} {call}"]
+        messages.append(rng.choice(mangled) if rng.random() < 0.10 else call)
+    return messages + reply
+
+
+# %% Probes: what the policy does, and what it still could do
+
+# probe: (split, format, whether the harness writes the format)
+# A harness that writes the format leaves to the policy what the skill consists of: to name the tool, the person and
+# the answer. If success is low and forced success high, the format is broken and the skill is not.
+PROBES = {
+    "success": ("heldout", "A", False),
+    "no_call_success": ("no_call.heldout", "A", False),
+    "forced_success": ("heldout", "A", True),
+    "simple_success": ("simple", "A", False),
+    "format_b_success": ("heldout", "B", False),
+    "content_ood_success": ("content_ood", "A", False),
+}
+STATES = ("healthy_call", "healthy_response", "text_pollution", "collapsed")
+
+
+def mean(values):
+    values = [float(value) for value in values]
+    return sum(values) / len(values)
+
+
+def probe_episodes(world, probe, count, seed):
+    """Held-out tasks, with the same directories at every evaluation of a run."""
+    split, fmt, forced = PROBES[probe]
+    rng, tasks = stream(seed, "held out", split), world.splits[split]
+    return [new_episode(world, tasks[i % len(tasks)], rng, fmt, forced) for i in range(count)]
+
+
+def run_probes(policy, world, tokenizer, settings, probes):
+    """Play the episodes of some probes in one shared rollout. -> probe: its episodes, played"""
+    played = {probe: probe_episodes(world, probe, settings.eval_episodes, settings.seed) for probe in probes}
+    everyone = [episode for episodes in played.values() for episode in episodes]
+    rollout(policy, tokenizer, everyone, stream(settings.seed, "held-out sampling"))
+    return played
+
+
+def due_tokens(fmt):
+    """The positions under watch, and the control token that is due there, None where JSON or a word is."""
+    return {
+        "turn_start": fmt.open,  # where a call begins
+        "after_open": None,  # where its JSON begins
+        "call_close": fmt.close,  # where its closing tag belongs
+        "after_close": END,  # where its message ends
+        "answer_start": None,  # where the answer's first word belongs
+        "answer_end": END,  # where the answer ends
+    }
+
+
+@torch.no_grad()
+def control_probabilities(policy, world, tokenizer, seed):
+    """Mean probability of each control token at each position, teacher forced. -> position: token: probability
+
+    Teacher forcing feeds gold conversations, 64 held-out ones, and asks at each position what the policy would say.
+    So the positions stay the same, whatever the policy has come to write when it is left to itself.
+    """
+    episodes = probe_episodes(world, "success", 64, seed)
+    ids, targets = stack(policy, [trajectory(tokenizer, episode, episode.gold) for episode in episodes])  # [M, T]
+    probs = policy(ids[:, :-1]).logits.float().softmax(-1)  # [M, T-1, V]
+    before, due, written = ids[:, :-1], ids[:, 1:], targets[:, 1:]  # [M, T-1]
+    start, fmt = written & ~targets[:, :-1], world.formats["A"]  # [M, T-1] the first token of each turn
+    opened, closed, end = tokenizer.convert_tokens_to_ids([fmt.open, fmt.close, END])
+    masks = {  # [M, T-1]
+        "turn_start": start & (due == opened),
+        "after_open": written & (before == opened),
+        "call_close": written & (due == closed),
+        "after_close": written & (before == closed),
+        "answer_start": start & (due != opened),
+        "answer_end": written & (due == end) & (before != closed),
+    }
+    tokens = control_tokens(tokenizer)
+    columns = tokenizer.convert_tokens_to_ids(tokens)
+    return {at: dict(zip(tokens, probs[mask][:, columns].mean(0).tolist())) for at, mask in masks.items()}
+
+
+def evaluate(policy, world, tokenizer, settings):
+    """All measurements of one evaluation: success under each probe, message states, control tokens."""
+    played = run_probes(policy, world, tokenizer, settings, PROBES)
+    states = [state for episode in played["success"] for state in episode.states]
+    return {
+        **{probe: mean(map(succeeded, episodes)) for probe, episodes in played.items()},
+        "no_call_blind_score": mean(map(blind_score, played["no_call_success"])),
+        "states": {state: states.count(state) / len(states) for state in STATES},
+        "p": control_probabilities(policy, world, tokenizer, settings.seed),
+    }
+
+
+# %% Arms: the base, and what is done with it
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What sets an arm apart. Everything else is the same for all: start, tasks, sampling seeds, RL settings."""
+
+    sft: bool  # SFT phases between the RL steps
+
+
+ARMS = {"rl": Arm(sft=False), "interleaved": Arm(sft=True)}
+
+
+class NotReady(Exception):
+    """The base did not learn its task within --base-steps."""
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def train_base(world, tokenizer, settings, device, progress):
+    """SFT from random weights until the skill is there. -> the policy, its number of updates
+
+    It is there when forced success on held-out tasks reaches 0.95. Raises NotReady after settings.base_steps.
+    """
+    policy, rng, forced = new_policy(tokenizer, settings.seed, device), stream(settings.seed, "base"), 0.0
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(1, settings.base_steps + 1):
+        set_lr(optimizer, settings.base_lr * min(1, step / 30) * max(0.02, 1 - step / 200))
+        rows = []
+        for _ in range(32):
+            split = "no_call.train" if rng.random() < 0.1 else "train"
+            episode = new_episode(world, rng.choice(world.splits[split]), rng, rng.choice("AB"))
+            rows.append(trajectory(tokenizer, episode, logged_messages(world, episode, rng)))
+        progress(step, sft_update(policy, optimizer, *stack(policy, rows)))
+        if step >= 150 and step % 25 == 0:
+            forced = mean(map(succeeded, run_probes(policy, world, tokenizer, settings, ["forced_success"])["forced_success"]))
+        if forced >= 0.95:
+            return policy, step
+    raise NotReady(f"the base is not ready after {step} updates: forced success is {forced:.2f}, 0.95 is needed; "
+                   "try --base-steps, --base-lr or --seed")
+
+
+def rl_episodes(world, settings, rng):
+    """The tasks of one RL step: each one group_size times, with the same directory, next to one another."""
+    multi_step = [task for task in world.splits["train"] if len(task.tools) >= settings.min_calls]
+    episodes = []
+    for _ in range(settings.groups):
+        tasks = world.splits["no_call.train"] if rng.random() < settings.no_call_share else multi_step
+        episode = new_episode(world, rng.choice(tasks), rng)
+        episodes += [copy.deepcopy(episode) for _ in range(settings.group_size)]
+    return episodes
+
+
+def sft_phase(policy, optimizer, world, tokenizer, settings, failed, rng):
+    """SFT on gold conversations of tasks that RL has just failed: half with calls due, half without.
+
+    If no task of a kind has failed, training tasks of that kind stand in: an SFT batch of one kind alone would teach
+    the policy to treat everything in that way.
+    """
+    for _ in range(settings.sft_steps):
+        rows = []
+        for k in range(settings.sft_batch):
+            split = ("train", "no_call.train")[k % 2]
+            pool = [episode for episode in failed if bool(episode.gold_calls) == (split == "train")]
+            episode = rng.choice(pool) if pool else new_episode(world, rng.choice(world.splits[split]), rng)
+            rows.append(trajectory(tokenizer, episode, episode.gold))
+        sft_update(policy, optimizer, *stack(policy, rows))
+
+
+def train_arm(name, base, world, tokenizer, settings, record):
+    """Run one arm on a copy of the base. record gets an evaluation every --eval-every steps and after the last.
+
+    Each step draws from streams of its own, so all arms meet the same tasks, directories and sampling seeds. An SFT
+    phase comes before an RL step, never after the last: what is evaluated has been through RL since.
+    """
+    policy, reference, failed, equal = copy.deepcopy(base), base if settings.kl else None, [], []
+    rl_optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
+    sft_optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.sft_lr, weight_decay=0.0)
+    for step in range(settings.steps):
+        tasks, sampling, order, gold = (stream(settings.seed, what, step) for what in ("tasks", "sampling", "order", "gold"))
+        if ARMS[name].sft and step and step % settings.sft_every == 0:
+            sft_phase(policy, sft_optimizer, world, tokenizer, settings, failed, gold)
+            failed = []
+        set_lr(rl_optimizer, settings.lr * min(1, (step + 1) / settings.warmup))
+        episodes = rl_episodes(world, settings, tasks)
+        batch = rollout(policy, tokenizer, episodes, sampling)
+        scores = [blind_score(episode) for episode in episodes]
+        rewards = torch.tensor(scores, device=policy.device).view(settings.groups, settings.group_size)
+        grpo_update(policy, rl_optimizer, batch, advantages(rewards).flatten(), settings, order, reference)
+        failed += [episode for episode, score in zip(episodes, scores) if not score]
+        equal += (rewards == rewards[:, :1]).all(1).tolist()
+        if (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps:
+            record({"arm": name, "step": step + 1, "zero_variance_groups": mean(equal)}
+                   | evaluate(policy, world, tokenizer, settings))
+            equal = []
+    return policy
+
+
+# %% Report: what is printed, and which of the five claims the run bears out
+
+
+def spiked(before, after):
+    """A probability has spiked if it is now at least 0.4, and at least five times what it was."""
+    return after >= 0.4 and after >= 5 * before
+
+
+def astray(event, token, due):
+    """A control token's highest probability at a position where it is not due."""
+    return max(row[token] for at, row in event["p"].items() if due[at] != token)
+
+
+HEADINGS = """\
+                    success on held-out tasks       messages in percent      equal   P where due         P where not due
+arm         step  tool  ask  blind forced fmt B  call reply pollut. collap. groups  open close  end     open  close   end"""
+
+
+def table_row(event, base, fmt):
+    """One line for one evaluation. A star marks a control token that has spiked where it is not due."""
+    due, p, share = due_tokens(fmt), event["p"], event["zero_variance_groups"]
+    home = p["turn_start"][fmt.open], p["call_close"][fmt.close], mean([p["after_close"][END], p["answer_end"][END]])
+    away = [(astray(base, token, due), astray(event, token, due)) for token in (fmt.open, fmt.close, END)]
+    probes = "success no_call_success no_call_blind_score forced_success format_b_success".split()
+    return "".join([
+        f"{event['arm']:11} {event['step']:4}  ",
+        "{:.2f} {:.2f}  {:.2f}   {:.2f}  {:.2f} ".format(*(event[probe] for probe in probes)),
+        "{:5.0f} {:5.0f} {:7.0f} {:7.0f} ".format(*(100 * event["states"][state] for state in STATES)),
+        f"{'-' if share is None else format(share, '.2f'):>6}  ",
+        "{:.2f}  {:.2f} {:.2f}    ".format(*home),
+        " ".join(f"{now:.2f}{'*' if spiked(before, now) else ' '}" for before, now in away),
+    ])
+
+
+# claim: (what it says, how its figures read)
+CLAIMS = {
+    "collapse": ("RL alone collapses", "success {start:.2f}, at the last evaluations of rl {last}"),
+    "control_tokens": ("a control token did it", "P({token}) at {position}: {start:.2f}, at step {step} {now:.2f}"),
+    "intact": ("the skill is intact", "forced success {start:.2f}, at step {step} {now:.2f} (success {success:.2f})"),
+    "fix": ("SFT in between fixes it", "success {start:.2f}, at the end {final:.2f}, never below {lowest:.2f}"),
+    "tradeoff": ("another format pays", "format B {start:.2f}, rl before its fall {before:.2f}, interleaved {final:.2f}"),
+}
+
+
+def judge(history, fmt):
+    """Hold a run against the claims. history: arm -> its eval events, with "base" -> [one].
+
+    -> claim: (reproduced, figures), for the claims whose arms were run. No figures: what the claim is about was
+    never seen, because no evaluation of rl found success at 0.05 or below.
+    """
+    (base,), rl, fixed, found = history["base"], history.get("rl", []), history.get("interleaved", []), {}
+    start, fall = base["success"], next((event for event in rl if event["success"] <= 0.05), None)
+    if rl:
+        last = [event["success"] for event in rl[-3:]]
+        found["collapse"] = len(last) == 3 and max(last) <= 0.02 < start / 2, dict(start=start, last=last)
+        found["control_tokens"] = found["intact"] = False, {}
+    if fall:
+        due = due_tokens(fmt)
+        wrong = [(at, token) for at, row in base["p"].items() for token in row if due[at] != token]
+        at, token = max(wrong, key=lambda cell: fall["p"][cell[0]][cell[1]] - base["p"][cell[0]][cell[1]])
+        old, now = base["p"][at][token], fall["p"][at][token]
+        found["control_tokens"] = spiked(old, now), dict(token=token, position=at, start=old, step=fall["step"], now=now)
+        old, now = base["forced_success"], fall["forced_success"]
+        found["intact"] = now >= 0.8 * old, dict(start=old, step=fall["step"], now=now, success=fall["success"])
+    if fixed:
+        final, lowest = fixed[-1]["success"], min(event["success"] for event in fixed)
+        found["fix"] = final >= 0.9 and lowest > 0.05, dict(start=start, final=final, lowest=lowest)
+    if rl and fixed:
+        steady = [base]  # up to the last evaluation of rl before success drops below half its start
+        for event in rl:
+            if event["success"] < start / 2:
+                break
+            steady.append(event)
+        old, before, final = (event["format_b_success"] for event in (base, steady[-1], fixed[-1]))
+        found["tradeoff"] = final <= 0.67 * old and final < before, dict(start=old, before=before, final=final)
+    return found
+
+
+def verdict_table(found):
+    lines = ["", f"{'claim':25} {'verdict':16} measured"]
+    for claim, (text, reading) in CLAIMS.items():
+        reproduced, figures = found.get(claim, (None, None))
+        verdict = {True: "reproduced", False: "not reproduced", None: "not measured"}[reproduced]
+        unseen = "needs the arms rl and interleaved" if figures is None else "rl was never seen at success 0.05 or below"
+        lines.append(f"{text:25} {verdict:16} {reading.format(**figures) if figures else unseen}")
+    return "\n".join(lines)
+
+
+# %% Command line: settings in, story out
+
+
+def read_settings(argv):
+    """Turn command-line arguments into Settings. Raises UserError for what cannot be run."""
+    parser = argparse.ArgumentParser(prog="toolrl.py", description=__doc__.split("\n")[0])
+
+    def fail(message):
+        raise UserError(f"{message} (python toolrl.py --help lists the flags)")
+
+    parser.error = fail
+    flags = {setting.name: "--" + setting.name.replace("_", "-") for setting in fields(Settings)}
+    for setting in fields(Settings):
+        unit, text = setting.metadata["unit"], setting.metadata["text"]
+        parser.add_argument(flags[setting.name], type=setting.type, default=setting.default, metavar=setting.type.__name__,
+                            help=f"{text} ({unit}; default {setting.default or 'none'})")
+    settings = Settings(**vars(parser.parse_args(argv)))
+    for setting in fields(Settings):
+        value, low, high = getattr(settings, setting.name), setting.metadata["low"], setting.metadata["high"]
+        if low is not None and not low <= value <= (math.inf if high is None else high) or value == math.inf:
+            bounds = f"{low} or more" if high is None else f"from {low} to {high}"
+            fail(f"{flags[setting.name]} {value}: give a number {bounds}")
+    for name in settings.arms.split(","):
+        if name not in ARMS:
+            fail(f"--arms: unknown arm {name!r}; there are {', '.join(ARMS)}")
+    return settings
+
+
+def pick_device(name):
+    """auto takes a GPU if there is one. A device asked for by name has to be there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [device for device, found in there.items() if found]
+    if name != "auto" and name not in available:
+        raise UserError(f"--device {name} is not available here; there are auto, {', '.join(available)}")
+    return available[0] if name == "auto" else name
+
+
+def open_out(path):
+    try:
+        return open(path or os.devnull, "w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {path}: {error.strerror}; name a file in a folder that exists and can be written to")
+
+
+def run(settings):
+    """The whole story: base, arms, verdicts. Prints it, and writes it to --out as it happens."""
+    torch.set_num_threads(1)  # tensors this small are handed between threads for longer than it takes to compute them
+    begun, arms, history = time.time(), settings.arms.split(","), {}
+    device, world = pick_device(settings.device), load_world(settings.tasks)
+    tokenizer, fmt = build_tokenizer(world), world.formats["A"]
+    versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__)
+    expected = 15 + len(arms) * (0.4 * settings.steps + 1.2 * settings.steps / settings.eval_every)
+    with open_out(settings.out) as out:
+
+        def write(event, **values):
+            out.write(json.dumps({"event": event} | values) + "\n")
+            out.flush()
+
+        def record(measured):
+            history.setdefault(measured["arm"], []).append(measured)
+            write("eval", seed=settings.seed, **measured)
+            print(table_row(measured, history["base"][0], fmt), flush=True)
+
+        def progress(step, loss):
+            if sys.stdout.isatty() and step % 5 == 0:
+                left = (time.time() - begun) * max(0, 175 - step) / step
+                print(f"\rbase: update {step}, loss {loss:.2f}, some {left:.0f} s left ", end="", flush=True)
+
+        config = {name: value for name, value in asdict(settings).items() if name != "out"} | {"device": device}
+        write("config", **config, versions=versions)
+        print(f"toolrl: seed {settings.seed}, {device}, "
+              + ", ".join(map(" ".join, versions.items())) + f", about {expected:.0f} s on 2 CPU cores")
+        base, updates = train_base(world, tokenizer, settings, device, progress)
+        print(f"\rbase: {base.num_parameters()} weights, {len(tokenizer)} tokens, ready after {updates} SFT updates\n\n{HEADINGS}")
+        record({"arm": "base", "step": 0, "zero_variance_groups": None} | evaluate(base, world, tokenizer, settings))
+        for name in arms:
+            train_arm(name, base, world, tokenizer, settings, record)
+        found = judge(history, fmt)
+        for claim, (reproduced, figures) in found.items():
+            write("verdict", seed=settings.seed, claim=claim, reproduced=reproduced, figures=figures)
+        print(f"{verdict_table(found)}\n\n{time.time() - begun:.0f} s")
+        write("done", seconds=round(time.time() - begun, 1))
+
+
+def main(argv=None):
+    """Run from the command line. -> exit code: 0, 1 (the run failed), 2 (bad input), 130 (Ctrl-C)"""
+    try:
+        run(read_settings(argv))
+        return 0
+    except UserError as error:
+        message, code = error, 2
+    except KeyboardInterrupt:
+        message, code = "stopped; what was measured until now is printed above and stands in --out", 130
+    except (NotReady, FloatingPointError, OSError) as error:
+        message, code = error, 1
+    print(f"toolrl: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
