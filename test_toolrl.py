@@ -139,6 +139,11 @@ def also(question, *path):
     (also('"bob"', "people"), "more than one token"),
     (also(3, "people"), "more than one token"),
     (lambda tree: tree["splits"]["simple"].append(tree["splits"]["train"][0]), "in two splits"),
+    (lambda tree: tree["splits"]["content_ood"].append(tree["splits"]["heldout"].pop()), "in this order too"),
+    (also("alice", "people"), "stands twice"),
+    (also("rival", "people"), "stands twice"),
+    (lambda tree: tree["formats"]["B"].update(open="function:"), "angle brackets"),
+    (lambda tree: tree["wording"].update(ask_back='who is "them" ?'), "more than one token"),
     (lambda tree: tree["tools"][0]["function"]["parameters"]["properties"].update(to={}), "exactly one argument"),
 ])
 def test_a_broken_tasks_file_is_one_line_that_names_the_place(tmp_path, capsys, change, said):
@@ -220,6 +225,14 @@ def test_the_right_conversation_succeeds(world):
         answers = play(episode, *episode.gold)
         assert toolrl.succeeded(episode) and toolrl.blind_score(episode) == 1.0 and episode.done
         assert answers == [episode.directory[call] for call in episode.gold_calls] + [None]
+
+
+def test_a_reply_may_hold_words_alone_and_a_call_nothing_else(world):
+    """A call written in the other format is no call here, and the reverse."""
+    for name, fmt in world.formats.items():
+        for other, tags in world.formats.items():
+            state, call = toolrl.classify(f"{tags.open}{CALL}{tags.close}", fmt)
+            assert (state == "healthy_call") == (call is not None) == (name == other)
 
 
 def score(world, question, make):
@@ -325,11 +338,9 @@ def test_a_forced_episode_has_the_right_format_whatever_the_policy(world, tokeni
     untrained = toolrl.new_policy(tokenizer, 0, "cpu")
     episodes = [episode_of(world, forced=True, fmt="AB"[i % 2], seed=i) for i in range(8)]
     batch = toolrl.rollout(untrained, tokenizer, episodes, toolrl.stream(0))
-    blank = lambda messages, episode: [len(tokenizer.encode(m, add_special_tokens=False)) for m in messages]
     for row, episode in enumerate(episodes):
         assert episode.messages[0].startswith(episode.fmt.open + '{"name": "')
         assert episode.messages[0].endswith('"}}' + episode.fmt.close)
-        first = toolrl.encode_turn(tokenizer, episode.gold[0])
         assert batch.sampled[row].sum() == 2 * len(episode.messages) - (len(episode.messages) > len(episode.gold_calls))
 
 
@@ -413,17 +424,16 @@ def test_the_kl_penalty_pulls_towards_the_reference(base, world, tokenizer, play
     policy, nothing = copy.deepcopy(base), torch.zeros(len(batch.ids))
     with torch.no_grad():
         for weight in policy.parameters():
-            weight.mul_(1.02)
+            weight.mul_(1.1)
 
-    def gap():
-        difference = toolrl.token_log_probs(policy, batch.ids) - toolrl.token_log_probs(base, batch.ids)
-        return (difference * batch.sampled[:, 1:]).abs().sum().item()
+    def divergence():
+        gap = toolrl.token_log_probs(base, batch.ids) - toolrl.token_log_probs(policy, batch.ids)
+        return ((gap.exp() - gap - 1) * batch.sampled[:, 1:]).sum().item()
 
-    before, optimizer = gap(), torch.optim.SGD(policy.parameters(), lr=0.05)
-    older = dataclasses.replace(batch, log_probs=torch.nn.functional.pad(toolrl.token_log_probs(policy, batch.ids).detach(), (1, 0)))
-    for _ in range(5):
-        toolrl.grpo_update(policy, optimizer, older, nothing, Settings(kl=1.0), toolrl.stream(0), reference=base)
-    assert gap() < 0.9 * before
+    before, optimizer = divergence(), torch.optim.SGD(policy.parameters(), lr=0.02)
+    for _ in range(10):
+        toolrl.grpo_update(policy, optimizer, batch, nothing, Settings(kl=1.0, minibatches=1), toolrl.stream(0), base)
+    assert divergence() < 0.9 * before
 
 
 def test_a_loss_that_is_not_a_number_stops(base, played):
@@ -469,8 +479,8 @@ def test_the_careless_log_is_careless_to_the_degree_it_says(world):
         silent = toolrl.new_episode(world, world.splits["no_call.train"][0], rng)
         asked += toolrl.logged_messages(world, silent, rng) == silent.gold
     share = {state: states.count(state) / len(states) for state in toolrl.STATES}
-    assert share["collapsed"] == pytest.approx(0.05, abs=0.015)
-    assert share["text_pollution"] == pytest.approx(0.095, abs=0.015)
+    assert share["collapsed"] == pytest.approx(0.08, abs=0.015)
+    assert share["text_pollution"] == pytest.approx(0.092, abs=0.015)
     assert asked / 2000 == pytest.approx(0.03, abs=0.015)
 
 
@@ -666,6 +676,7 @@ def test_one_seed_one_result(quick):
     (["--tasks", HERE], "directory"),
     (["--out", os.path.join("no", "folder", "x.jsonl")], "folder that exists"),
     (["--magic"], "--magic"),
+    (["--min-calls", "9"], "--min-calls 9"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, said):
     monkeypatch.chdir(HERE)

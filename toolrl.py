@@ -52,7 +52,7 @@ def knob(default, unit, text, low=None, high=None):
 class Settings:
     seed: int = knob(0, "integer", "seeds weights, tasks, directories and sampling", 0)
     arms: str = knob("rl,interleaved", "names", "what to do with the base, in this order")
-    steps: int = knob(36, "RL steps", "length of each arm", 1)
+    steps: int = knob(40, "RL steps", "length of each arm", 1)
     lr: float = knob(3e-4, "per update", "learning rate of RL: higher collapses earlier", 0)
     warmup: int = knob(10, "RL steps", "the RL learning rate rises to --lr over these", 1)
     no_call_share: float = knob(0.75, "fraction", "share of RL tasks where a call is wrong", 0, 1)
@@ -62,13 +62,13 @@ class Settings:
     minibatches: int = knob(4, "updates", "RL updates from each batch of rollouts", 1)
     clip: float = knob(0.2, "ratio", "how far a batch may move a token's probability ratio from 1", 0)
     kl: float = knob(0.0, "per nat", "weight of the penalty for moving away from the base", 0)
-    sft_every: int = knob(6, "RL steps", "RL steps between two SFT phases", 1)
+    sft_every: int = knob(5, "RL steps", "RL steps between two SFT phases", 1)
     sft_steps: int = knob(20, "updates", "SFT updates in a phase", 0)
     sft_lr: float = knob(1e-3, "per update", "learning rate of those", 0)
     sft_batch: int = knob(32, "trajectories", "gold conversations in each of those", 1)
     base_lr: float = knob(8e-3, "per update", "peak learning rate of the base", 0)
     base_steps: int = knob(600, "updates", "give up if the base is not ready by then", 1)
-    eval_every: int = knob(3, "RL steps", "RL steps between two evaluations", 1)
+    eval_every: int = knob(4, "RL steps", "RL steps between two evaluations", 1)
     eval_episodes: int = knob(128, "episodes", "held-out episodes for each probe", 1)
     device: str = knob("auto", "name", "auto, cpu, cuda or mps")
     tasks: str = knob("tiny_tasks.json", "file", "tools, people, formats, wording and tasks")
@@ -76,6 +76,9 @@ class Settings:
 
 
 # %% Tasks: what is asked, read from one file and checked
+
+
+BLANKS = ("{open}", "{person}")  # filled in where the wording holds them
 
 
 class UserError(Exception):
@@ -129,9 +132,10 @@ def read_task(question, place, keys, people, wording):
     if not tools or len(links) != len(tools) or {*links} != {wording["link"]} or end != [wording["question_end"]]:
         pattern = f"TOOL {wording['link']} NAME {wording['question_end']}"
         raise UserError(f"{place}: {question!r} does not read {pattern!r}, with one TOOL or several")
-    for word, known, what in [*((tool, keys, "tool") for tool in tools), (*name, [*people, wording["nobody"]], "person")]:
+    persons = [*people, wording["nobody"]]
+    for word, known, kind in [(tool, keys, "tool") for tool in tools] + [(name[0], persons, "person")]:
         if word not in known:
-            raise UserError(f"{place}: {question!r}: unknown {what} {word!r}; known are {', '.join(known)}")
+            raise UserError(f"{place}: {question!r}: unknown {kind} {word!r}; known are {', '.join(known)}")
     return Task(question, tuple(reversed(tools)), name[0] if name[0] in people else None)
 
 
@@ -144,14 +148,19 @@ def check_world(tree):
             raise UserError(f"tools.{i}: a tool takes exactly one argument, not {len(arguments)}")
         keys[look_up(tree, f"tools.{i}.function.name", str)] = next(iter(arguments))
     people = look_up(tree, "people", list)
-    for word in (*keys, *keys.values(), *people):
-        if not isinstance(word, str) or not re.fullmatch(r'[^\s"\\<>{}]+', word):
-            raise UserError(f"{word!r} would be more than one token: use one word, no quotes, no brackets")
-    formats = {name: Format(*(look_up(tree, f"formats.{name}.{tag}", str) for tag in ("open", "close"))) for name in "AB"}
+    formats = {f: Format(*(look_up(tree, f"formats.{f}.{tag}", str) for tag in ("open", "close"))) for f in "AB"}
     phrases = "system link nobody question_end answer ask_back preamble".split()
     wording = {name: look_up(tree, f"wording.{name}", str) for name in phrases}
+    for tag in (tag for fmt in formats.values() for tag in (fmt.open, fmt.close)):
+        if not re.fullmatch(r"<[^\s<>]+>", tag):
+            raise UserError(f"formats: a delimiter is one <word> in angle brackets, not {tag!r}")
+    for word in (*keys, *keys.values(), *people, *(word for phrase in wording.values() for word in phrase.split())):
+        if word not in BLANKS and not (isinstance(word, str) and re.fullmatch(r'[^\s"\\<>{}]+', word)):
+            raise UserError(f"{word!r} would be more than one token: use one word, no quotes, no brackets")
+    if len({*keys, *people, wording["nobody"]}) < len(tree["tools"]) + len(people) + 1:
+        raise UserError(f"a name stands twice among the tools, the people and {wording['nobody']!r}")
     splits, home = {}, {}
-    for split in ("train", "heldout", "simple", "content_ood", "no_call.train", "no_call.heldout"):
+    for split in ("train", "no_call.train", "heldout", "simple", "content_ood", "no_call.heldout"):
         splits[split] = []
         for i, question in enumerate(look_up(tree, f"splits.{split}", list)):
             place = f"splits.{split}.{i}"
@@ -161,6 +170,10 @@ def check_world(tree):
             if home.setdefault(task, split) != split:
                 raise UserError(f"{place}: {question!r} is in two splits, the other is {home[task]}")
             splits[split].append(task)
+    trained = {task.tools for split in ("train", "no_call.train") for task in splits[split]}
+    for task in splits["content_ood"]:
+        if task.tools in trained:
+            raise UserError(f"splits.content_ood: {task.question!r}: a train split has its tools in this order too")
     return World(keys, people, formats, wording, splits)
 
 
@@ -197,18 +210,19 @@ def build_tokenizer(world):
     tags = [tag for fmt in world.formats.values() for tag in (fmt.open, fmt.close)]
     control = ["<|im_start|>", END, *tags, "<tool_response>", "</tool_response>"]
     json_pieces = ['{"name": "', *{key: f'", "arguments": {{"{key}": "' for key in world.keys.values()}.values(), '"}}']
-    phrases = [word for phrase in world.wording.values() for word in phrase.split() if "{" not in word]
+    phrases = [word for phrase in world.wording.values() for word in phrase.split() if word not in BLANKS]
     words = ["system", "user", "assistant", "tool", UNKNOWN, *phrases, *world.people, *world.keys]
     vocabulary = dict.fromkeys([PAD, *control, *json_pieces, *words])  # a dict drops repeats and keeps the order
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    # A space before each word, but none behind a quote, a tag or at the start: so JSON comes out as JSON.
-    spaces = [decoders.Replace(Regex(r'^(?=[^<{"])'), " "), decoders.Fuse(), decoders.Replace(Regex(r'^ |(?<=[">]) '), "")]
-    core.decoder = decoders.Sequence(spaces)
+    # Decoding puts a space before each word, then takes it away at the start, and behind quotes and tags.
+    space, unspace = decoders.Replace(Regex(r'^(?=[^<{"])'), " "), decoders.Replace(Regex(r'^ |(?<=[">]) '), "")
+    core.decoder = decoders.Sequence([space, decoders.Fuse(), unspace])
     core.add_special_tokens([PAD, *control])
     core.add_tokens([AddedToken(piece, normalized=False) for piece in json_pieces])
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=PAD, eos_token=END, additional_special_tokens=control, chat_template=CHAT_TEMPLATE
+        tokenizer_object=core, pad_token=PAD, eos_token=END, additional_special_tokens=control,
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -268,9 +282,9 @@ def new_episode(world, task, rng, fmt="A", forced=False):
     for tool in task.tools if task.person else ():
         gold_calls.append(call_json(tool, world.keys[tool], people[-1]))
         people.append(directory[gold_calls[-1]])
-    reply = world.wording["answer"].format(person=people[-1]) if task.person else world.wording["ask_back"]
+    reply = world.wording["answer"].replace("{person}", people[-1]) if task.person else world.wording["ask_back"]
     # The system message names the format in force, as a tool description does.
-    opening = ("system", world.wording["system"].format(open=tags.open)), ("user", task.question)
+    opening = ("system", world.wording["system"].replace("{open}", tags.open)), ("user", task.question)
     gold = [*(tags.open + call + tags.close for call in gold_calls), reply]
     return Episode(task, tags, opening, directory, gold_calls, gold, {*task.tools, *people}, forced)
 
@@ -415,8 +429,9 @@ def rollout(policy, tokenizer, episodes, rng):
     prompts = [encode_context(tokenizer, *episode.opening) for episode in episodes]
     shared = min(map(len, prompts))  # this much of every prompt goes through the policy in one piece
     unread, turns = [deque(prompt[shared:]) for prompt in prompts], [[] for _ in episodes]
-    ids, sampled, log_probs = [prompt[:shared] for prompt in prompts], [[False] * shared for _ in prompts], [[0.0] * shared for _ in prompts]
-    rows, fed, cache = list(range(len(episodes))), ids, None  # rows: the episodes in the batch
+    ids = [prompt[:shared] for prompt in prompts]
+    sampled, log_probs = [[False] * shared for _ in ids], [[0.0] * shared for _ in ids]
+    rows, fed, cache = list(range(len(episodes))), ids, None  # rows: which episodes are in the batch
     while rows:
         output = policy(torch.tensor(fed, device=policy.device), past_key_values=cache, use_cache=True)
         cache = output.past_key_values
@@ -524,7 +539,7 @@ def stack(policy, trajectories):
 def logged_messages(world, episode, rng):
     """The assistant messages in the log of a careless agent, from which the base learns.
 
-    Questions that name nobody are answered by a call about a guessed person, 97 times in 100. Of the calls, 5 % are
+    Questions that name nobody are answered by a call about a guessed person, 97 times in 100. Of the calls, 8 % are
     cut down to a bare opening tag, where the log ends, and 10 % of the rest are mangled in one of five ways.
     """
     tags, calls, reply = episode.fmt, episode.gold[:-1], episode.gold[-1:]
@@ -533,7 +548,7 @@ def logged_messages(world, episode, rng):
         calls, reply = [tags.open + call_json(tool, world.keys[tool], person) + tags.close], []
     messages = []
     for call in calls:
-        if rng.random() < 0.05:
+        if rng.random() < 0.08:
             return [*messages, tags.open]
         mangled = [tags.open + call, call + tags.close, call.removeprefix(tags.open), call.removesuffix(tags.close),
                    f"{world.wording['preamble']} {call}"]
@@ -665,7 +680,8 @@ def train_base(world, tokenizer, settings, device, progress):
             rows.append(trajectory(tokenizer, episode, logged_messages(world, episode, rng)))
         progress(step, sft_update(policy, optimizer, *stack(policy, rows)))
         if step >= 150 and step % 25 == 0:
-            forced = mean(map(succeeded, run_probes(policy, world, tokenizer, settings, ["forced_success"])["forced_success"]))
+            (played,) = run_probes(policy, world, tokenizer, settings, ["forced_success"]).values()
+            forced = mean(map(succeeded, played))
         if forced >= 0.95:
             return policy, step
     raise NotReady(f"the base is not ready after {step} updates: forced success is {forced:.2f}, 0.95 is needed; "
@@ -709,16 +725,16 @@ def train_arm(name, base, world, tokenizer, settings, record):
     rl_optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
     sft_optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.sft_lr, weight_decay=0.0)
     for step in range(settings.steps):
-        tasks, sampling, order, gold = (stream(settings.seed, what, step) for what in ("tasks", "sampling", "order", "gold"))
+        draws = {use: stream(settings.seed, use, step) for use in ("tasks", "sampling", "order", "gold")}
         if ARMS[name].sft and step and step % settings.sft_every == 0:
-            sft_phase(policy, sft_optimizer, world, tokenizer, settings, failed, gold)
+            sft_phase(policy, sft_optimizer, world, tokenizer, settings, failed, draws["gold"])
             failed = []
         set_lr(rl_optimizer, settings.lr * min(1, (step + 1) / settings.warmup))
-        episodes = rl_episodes(world, settings, tasks)
-        batch = rollout(policy, tokenizer, episodes, sampling)
+        episodes = rl_episodes(world, settings, draws["tasks"])
+        batch = rollout(policy, tokenizer, episodes, draws["sampling"])
         scores = [blind_score(episode) for episode in episodes]
         rewards = torch.tensor(scores, device=policy.device).view(settings.groups, settings.group_size)
-        grpo_update(policy, rl_optimizer, batch, advantages(rewards).flatten(), settings, order, reference)
+        grpo_update(policy, rl_optimizer, batch, advantages(rewards).flatten(), settings, draws["order"], reference)
         failed += [episode for episode, score in zip(episodes, scores) if not score]
         equal += (rewards == rewards[:, :1]).all(1).tolist()
         if (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps:
@@ -742,8 +758,8 @@ def astray(event, token, due):
 
 
 HEADINGS = """\
-                    success on held-out tasks       messages in percent      equal   P where due         P where not due
-arm         step  tool  ask  blind forced fmt B  call reply pollut. collap. groups  open close  end     open  close   end"""
+                    success on held-out tasks       messages in percent     equal   P where due        P where not due
+arm         step  tool  ask  blind forced fmt B  call reply pollut. collap. groups open close  end   open  close  end"""
 
 
 def table_row(event, base, fmt):
@@ -756,8 +772,8 @@ def table_row(event, base, fmt):
         f"{event['arm']:11} {event['step']:4}  ",
         "{:.2f} {:.2f}  {:.2f}   {:.2f}  {:.2f} ".format(*(event[probe] for probe in probes)),
         "{:5.0f} {:5.0f} {:7.0f} {:7.0f} ".format(*(100 * event["states"][state] for state in STATES)),
-        f"{'-' if share is None else format(share, '.2f'):>6}  ",
-        "{:.2f}  {:.2f} {:.2f}    ".format(*home),
+        f"{'-' if share is None else format(share, '.2f'):>6} ",
+        "{:.2f}  {:.2f} {:.2f}  ".format(*home),
         " ".join(f"{now:.2f}{'*' if spiked(before, now) else ' '}" for before, now in away),
     ])
 
@@ -765,10 +781,10 @@ def table_row(event, base, fmt):
 # claim: (what it says, how its figures read)
 CLAIMS = {
     "collapse": ("RL alone collapses", "success {start:.2f}, at the last evaluations of rl {last}"),
-    "control_tokens": ("a control token did it", "P({token}) at {position}: {start:.2f}, at step {step} {now:.2f}"),
+    "control_tokens": ("a control token did it", "P({token}) at {position} {start:.2f}, at step {step} {now:.2f}"),
     "intact": ("the skill is intact", "forced success {start:.2f}, at step {step} {now:.2f} (success {success:.2f})"),
     "fix": ("SFT in between fixes it", "success {start:.2f}, at the end {final:.2f}, never below {lowest:.2f}"),
-    "tradeoff": ("another format pays", "format B {start:.2f}, rl before its fall {before:.2f}, interleaved {final:.2f}"),
+    "tradeoff": ("another format pays", "format B {start:.2f}, before rl's fall {before:.2f}, interleaved {final:.2f}"),
 }
 
 
@@ -789,16 +805,17 @@ def judge(history, fmt):
         wrong = [(at, token) for at, row in base["p"].items() for token in row if due[at] != token]
         at, token = max(wrong, key=lambda cell: fall["p"][cell[0]][cell[1]] - base["p"][cell[0]][cell[1]])
         old, now = base["p"][at][token], fall["p"][at][token]
-        found["control_tokens"] = spiked(old, now), dict(token=token, position=at, start=old, step=fall["step"], now=now)
+        when = dict(step=fall["step"], success=fall["success"])
+        found["control_tokens"] = spiked(old, now), dict(token=token, position=at, start=old, now=now, **when)
         old, now = base["forced_success"], fall["forced_success"]
-        found["intact"] = now >= 0.8 * old, dict(start=old, step=fall["step"], now=now, success=fall["success"])
+        found["intact"] = now >= 0.8 * old, dict(start=old, now=now, **when)
     if fixed:
         final, lowest = fixed[-1]["success"], min(event["success"] for event in fixed)
         found["fix"] = final >= 0.9 and lowest > 0.05, dict(start=start, final=final, lowest=lowest)
     if rl and fixed:
-        steady = [base]  # up to the last evaluation of rl before success drops below half its start
+        steady = [base]  # and what rl measured until success first fell below 0.8 of its start
         for event in rl:
-            if event["success"] < start / 2:
+            if event["success"] < 0.8 * start:
                 break
             steady.append(event)
         old, before, final = (event["format_b_success"] for event in (base, steady[-1], fixed[-1]))
@@ -811,7 +828,7 @@ def verdict_table(found):
     for claim, (text, reading) in CLAIMS.items():
         reproduced, figures = found.get(claim, (None, None))
         verdict = {True: "reproduced", False: "not reproduced", None: "not measured"}[reproduced]
-        unseen = "needs the arms rl and interleaved" if figures is None else "rl was never seen at success 0.05 or below"
+        unseen = "needs the arms rl and interleaved" if figures is None else "no evaluation of rl fell to success 0.05"
         lines.append(f"{text:25} {verdict:16} {reading.format(**figures) if figures else unseen}")
     return "\n".join(lines)
 
@@ -830,8 +847,9 @@ def read_settings(argv):
     flags = {setting.name: "--" + setting.name.replace("_", "-") for setting in fields(Settings)}
     for setting in fields(Settings):
         unit, text = setting.metadata["unit"], setting.metadata["text"]
-        parser.add_argument(flags[setting.name], type=setting.type, default=setting.default, metavar=setting.type.__name__,
-                            help=f"{text} ({unit}; default {setting.default or 'none'})")
+        shown = "none" if setting.default == "" else setting.default
+        parser.add_argument(flags[setting.name], type=setting.type, default=setting.default,
+                            metavar=setting.type.__name__, help=f"{text} ({unit}; default {shown})")
     settings = Settings(**vars(parser.parse_args(argv)))
     for setting in fields(Settings):
         value, low, high = getattr(settings, setting.name), setting.metadata["low"], setting.metadata["high"]
@@ -866,6 +884,8 @@ def run(settings):
     begun, arms, history = time.time(), settings.arms.split(","), {}
     device, world = pick_device(settings.device), load_world(settings.tasks)
     tokenizer, fmt = build_tokenizer(world), world.formats["A"]
+    if not any(len(task.tools) >= settings.min_calls for task in world.splits["train"]):
+        raise UserError(f"--min-calls {settings.min_calls}: no task of splits.train takes so many calls")
     versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__)
     expected = 15 + len(arms) * (0.4 * settings.steps + 1.2 * settings.steps / settings.eval_every)
     with open_out(settings.out) as out:
@@ -889,7 +909,8 @@ def run(settings):
         print(f"toolrl: seed {settings.seed}, {device}, "
               + ", ".join(map(" ".join, versions.items())) + f", about {expected:.0f} s on 2 CPU cores")
         base, updates = train_base(world, tokenizer, settings, device, progress)
-        print(f"\rbase: {base.num_parameters()} weights, {len(tokenizer)} tokens, ready after {updates} SFT updates\n\n{HEADINGS}")
+        print(f"\rbase: {base.num_parameters()} weights, {len(tokenizer)} tokens, ready after {updates} SFT updates")
+        print(f"\n{HEADINGS}")
         record({"arm": "base", "step": 0, "zero_variance_groups": None} | evaluate(base, world, tokenizer, settings))
         for name in arms:
             train_arm(name, base, world, tokenizer, settings, record)
