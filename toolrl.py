@@ -784,7 +784,7 @@ CLAIMS = {
     "control_tokens": ("a control token did it", "P({token}) at {position} {start:.2f}, at step {step} {now:.2f}"),
     "intact": ("the skill is intact", "forced success {start:.2f}, at step {step} {now:.2f} (success {success:.2f})"),
     "fix": ("SFT in between fixes it", "success {start:.2f}, at the end {final:.2f}, never below {lowest:.2f}"),
-    "tradeoff": ("another format pays", "format B {start:.2f}, before rl's fall {before:.2f}, interleaved {final:.2f}"),
+    "tradeoff": ("another format pays", "format B {start:.2f}, rl before it fell {before:.2f}, after SFT {final:.2f}"),
 }
 
 
@@ -819,7 +819,8 @@ def judge(history, fmt):
                 break
             steady.append(event)
         old, before, final = (event["format_b_success"] for event in (base, steady[-1], fixed[-1]))
-        found["tradeoff"] = final <= 0.67 * old and final < before, dict(start=old, before=before, final=final)
+        figures = dict(start=old, before=before, before_step=steady[-1]["step"], final=final)
+        found["tradeoff"] = final <= 0.67 * old and final < before, figures
     return found
 
 
@@ -887,7 +888,7 @@ def run(settings):
     if not any(len(task.tools) >= settings.min_calls for task in world.splits["train"]):
         raise UserError(f"--min-calls {settings.min_calls}: no task of splits.train takes so many calls")
     versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__)
-    expected = 15 + len(arms) * (0.4 * settings.steps + 1.2 * settings.steps / settings.eval_every)
+    expected = 12 + len(arms) * (0.3 * settings.steps + 0.8 * settings.steps / settings.eval_every)  # as measured
     with open_out(settings.out) as out:
 
         def write(event, **values):
