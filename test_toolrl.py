@@ -473,11 +473,11 @@ def test_the_careless_log_is_careless_to_the_degree_it_says(world):
     rng, states, asked = toolrl.stream("log"), [], 0
     for _ in range(2000):
         episode = toolrl.new_episode(world, rng.choice(world.splits["train"]), rng)
-        messages = toolrl.logged_messages(world, episode, rng)
+        messages = toolrl.logged_messages(world, episode, 0.08, rng)
         calls = messages[:-1] if messages[-1] == episode.gold[-1] else messages
         states += [toolrl.classify(message, episode.fmt)[0] for message in calls]
         silent = toolrl.new_episode(world, world.splits["no_call.train"][0], rng)
-        asked += toolrl.logged_messages(world, silent, rng) == silent.gold
+        asked += toolrl.logged_messages(world, silent, 0.08, rng) == silent.gold
     share = {state: states.count(state) / len(states) for state in toolrl.STATES}
     assert share["collapsed"] == pytest.approx(0.08, abs=0.015)
     assert share["text_pollution"] == pytest.approx(0.092, abs=0.015)

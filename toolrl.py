@@ -67,6 +67,7 @@ class Settings:
     sft_lr: float = knob(1e-3, "per update", "learning rate of those", 0)
     sft_batch: int = knob(32, "trajectories", "gold conversations in each of those", 1)
     base_lr: float = knob(8e-3, "per update", "peak learning rate of the base", 0)
+    bare_share: float = knob(0.08, "fraction", "share of calls cut to a bare tag in the log it learns from", 0, 1)
     base_steps: int = knob(600, "updates", "give up if the base is not ready by then", 1)
     eval_every: int = knob(4, "RL steps", "RL steps between two evaluations", 1)
     eval_episodes: int = knob(128, "episodes", "held-out episodes for each probe", 1)
@@ -536,10 +537,10 @@ def stack(policy, trajectories):
     return pad(ids, policy.config.pad_token_id, policy.device), pad(targets, False, policy.device)
 
 
-def logged_messages(world, episode, rng):
+def logged_messages(world, episode, bare_share, rng):
     """The assistant messages in the log of a careless agent, from which the base learns.
 
-    Questions that name nobody are answered by a call about a guessed person, 97 times in 100. Of the calls, 8 % are
+    Questions that name nobody are answered by a call about a guessed person, 97 times in 100. A share of the calls is
     cut down to a bare opening tag, where the log ends, and 10 % of the rest are mangled in one of five ways.
     """
     tags, calls, reply = episode.fmt, episode.gold[:-1], episode.gold[-1:]
@@ -548,7 +549,7 @@ def logged_messages(world, episode, rng):
         calls, reply = [tags.open + call_json(tool, world.keys[tool], person) + tags.close], []
     messages = []
     for call in calls:
-        if rng.random() < 0.08:
+        if rng.random() < bare_share:
             return [*messages, tags.open]
         mangled = [tags.open + call, call + tags.close, call.removeprefix(tags.open), call.removesuffix(tags.close),
                    f"{world.wording['preamble']} {call}"]
@@ -677,7 +678,7 @@ def train_base(world, tokenizer, settings, device, progress):
         for _ in range(32):
             split = "no_call.train" if rng.random() < 0.1 else "train"
             episode = new_episode(world, rng.choice(world.splits[split]), rng, rng.choice("AB"))
-            rows.append(trajectory(tokenizer, episode, logged_messages(world, episode, rng)))
+            rows.append(trajectory(tokenizer, episode, logged_messages(world, episode, settings.bare_share, rng)))
         progress(step, sft_update(policy, optimizer, *stack(policy, rows)))
         if step >= 150 and step % 25 == 0:
             (played,) = run_probes(policy, world, tokenizer, settings, ["forced_success"]).values()
@@ -910,8 +911,9 @@ def run(settings):
         print(f"toolrl: seed {settings.seed}, {device}, "
               + ", ".join(map(" ".join, versions.items())) + f", about {expected:.0f} s on 2 CPU cores")
         base, updates = train_base(world, tokenizer, settings, device, progress)
-        print(f"\rbase: {base.num_parameters()} weights, {len(tokenizer)} tokens, ready after {updates} SFT updates")
-        print(f"\n{HEADINGS}")
+        line_start = "\r" if sys.stdout.isatty() else ""  # overwrites the progress
+        weights, words = base.num_parameters(), len(tokenizer)
+        print(f"{line_start}base: {weights} weights, {words} tokens, ready after {updates} SFT updates\n\n{HEADINGS}")
         record({"arm": "base", "step": 0, "zero_variance_groups": None} | evaluate(base, world, tokenizer, settings))
         for name in arms:
             train_arm(name, base, world, tokenizer, settings, record)
