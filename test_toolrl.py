@@ -359,7 +359,7 @@ def after_update(base, batch, advantage, **settings):
     """Weights before and after one GRPO update by plain gradient descent, so that the step is the gradient."""
     policy = copy.deepcopy(base)
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    toolrl.grpo_update(policy, optimizer, batch, advantage, Settings(minibatches=1, **settings), toolrl.stream(0))
+    toolrl.grpo_update(policy, optimizer, batch, advantage, Settings(minibatches=1, **settings), toolrl.stream(0), base)
     return policy
 
 
@@ -380,7 +380,7 @@ def test_a_better_rollout_becomes_likelier_and_a_worse_one_less(base, played):
     advantage[0], advantage[1] = 1.0, -1.0
     policy = copy.deepcopy(base)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
-    toolrl.grpo_update(policy, optimizer, batch, advantage, Settings(minibatches=1), toolrl.stream(0))
+    toolrl.grpo_update(policy, optimizer, batch, advantage, Settings(minibatches=1), toolrl.stream(0), base)
     change = (toolrl.token_log_probs(policy, batch.ids) - toolrl.token_log_probs(base, batch.ids)) * batch.sampled[:, 1:]
     assert change[0].sum() > 0 > change[1].sum()
 
@@ -403,7 +403,7 @@ def test_the_gradient_reaches_sampled_tokens_only(base, played, tokenizer, where
     policy = copy.deepcopy(base)
     policy.lm_head.register_forward_hook(lambda _, __, out: (out.retain_grad(), captured.append(out))[0])
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    toolrl.grpo_update(policy, optimizer, batch, torch.ones(len(batch.ids)), Settings(minibatches=1), toolrl.stream(0))
+    toolrl.grpo_update(policy, optimizer, batch, torch.ones(len(batch.ids)), Settings(minibatches=1), toolrl.stream(0), base)
     order = torch.tensor(toolrl.stream(0).sample(range(len(batch.ids)), len(batch.ids)))
     gradient = captured[0].grad[(order == row).nonzero()[0, 0], position - 1]
     assert (gradient.abs().max() > 0) == (where == "sampled end")
@@ -530,8 +530,9 @@ def test_evaluations_use_held_out_tasks_only(world):
 
 
 def test_arms_differ_in_sft_and_nothing_else(quick, monkeypatch):
-    seen, phases, starts = {}, [], {}
-    real_rollout, real_sft, real_train = toolrl.rollout, toolrl.sft_phase, toolrl.train_arm
+    seen, updates, starts = {}, {}, {}
+    real_rollout, real_train = toolrl.rollout, toolrl.train_arm
+    real = {name: getattr(toolrl, name) for name in ("sft_update", "grpo_update")}
     arm = [None]
 
     def spy_train(name, base, *rest):
@@ -546,11 +547,30 @@ def test_arms_differ_in_sft_and_nothing_else(quick, monkeypatch):
 
     monkeypatch.setattr(toolrl, "train_arm", spy_train)
     monkeypatch.setattr(toolrl, "rollout", spy_rollout)
-    monkeypatch.setattr(toolrl, "sft_phase", lambda *a: phases.append(arm[0]) or real_sft(*a))
-    quick("--arms", "rl,interleaved", "--steps", "3")
-    assert seen["rl"] == seen["interleaved"]
-    assert phases == ["interleaved", "interleaved"]
-    assert all(torch.equal(a, b) for a, b in zip(starts["rl"], starts["interleaved"]))
+    for kind in real:
+
+        def spy(*args, kind=kind):
+            updates.setdefault(arm[0], []).append(kind[:-7] + ("+sft" if kind == "grpo_update" and args[-1] else ""))
+            return real[kind](*args)
+
+        monkeypatch.setattr(toolrl, kind, spy)
+    code, events = quick("--arms", ",".join(toolrl.ARMS), "--steps", "3")
+    assert code == 0
+    assert {event["arm"] for event in events if event["event"] == "eval"} == {"base", *toolrl.ARMS}
+    assert all(seen[name] == seen["rl"] for name in toolrl.ARMS)
+    assert all(torch.equal(a, b) for start in starts.values() for a, b in zip(start, starts["rl"]))
+    assert updates == {
+        "rl": ["grpo"] * 3, "rl-closed": ["grpo"] * 3, "rl-kl": ["grpo"] * 3, "rl-slow": ["grpo"] * 3,
+        "interleaved": ["grpo", "sft", "grpo", "sft", "grpo"], "sft": ["sft", "sft"],
+        "sft-then-rl": ["sft", "sft", "grpo", "grpo", "grpo"], "sync": ["grpo+sft"] * 3,
+    }
+
+
+def test_the_closed_score_sees_what_the_blind_one_does_not(world):
+    for message, blind, closed in (("<tool_call>", 1, 0), ("", 1, 0), (CALL, 1, 0), ("who do you mean ?", 1, 1)):
+        episode = episode_of(world, "rival of them ?")
+        toolrl.respond(episode, message)
+        assert (toolrl.blind_score(episode), toolrl.closed_score(episode)) == (blind, closed)
 
 
 def test_rl_tasks_come_in_groups_and_from_the_training_splits(world):
@@ -567,15 +587,14 @@ def test_rl_tasks_come_in_groups_and_from_the_training_splits(world):
 
 
 def test_sft_shows_the_failed_tasks_half_of_each_kind(base, world, tokenizer, monkeypatch):
-    shown = []
-    monkeypatch.setattr(toolrl, "trajectory", lambda t, episode, messages: shown.append((episode, messages)) or ([1, 2], [False, True]))
-    monkeypatch.setattr(toolrl, "sft_update", lambda *_: None)
+    shown, real = [], toolrl.trajectory
+    monkeypatch.setattr(toolrl, "trajectory", lambda *args: shown.append(args[1:]) or real(*args))
     failed = [episode_of(world), episode_of(world, "rival of them ?")]
-    toolrl.sft_phase(base, None, world, tokenizer, Settings(sft_steps=3), failed, toolrl.stream(0))
-    assert len(shown) == 3 * 32 and all(messages == episode.gold for episode, messages in shown)
-    assert [episode is failed[k % 2] for k, (episode, _) in enumerate(shown)] == [True] * 96
+    toolrl.gold_batch(base, world, tokenizer, Settings(), failed, toolrl.stream(0))
+    assert len(shown) == 32 and all(messages == episode.gold for episode, messages in shown)
+    assert all(episode is failed[k % 2] for k, (episode, _) in enumerate(shown))
     shown.clear()
-    toolrl.sft_phase(base, None, world, tokenizer, Settings(sft_steps=1), [], toolrl.stream(0))
+    toolrl.gold_batch(base, world, tokenizer, Settings(), [], toolrl.stream(0))
     assert {episode.task.person is None for episode, _ in shown} == {True, False}
     assert all(episode.task in world.splits["train"] + world.splits["no_call.train"] for episode, _ in shown)
 

@@ -33,8 +33,9 @@ import re
 import sys
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache, partial
 
 import torch
 import transformers
@@ -348,6 +349,11 @@ def blind_score(episode):
     return float(episode.replied and episode.calls == episode.gold_calls)
 
 
+def closed_score(episode):
+    """The same with the blind spot closed: a reply that holds a control token or JSON earns nothing."""
+    return blind_score(episode) if episode.states[-1] == "healthy_response" else 0.0
+
+
 def succeeded(episode):
     """What every evaluation counts: the right calls and no others, then the right reply, word for word."""
     return bool(blind_score(episode)) and episode.messages[-1] == episode.gold[-1]
@@ -482,8 +488,11 @@ def advantages(rewards):
     return (rewards - rewards.mean(1, keepdim=True)) / spread  # [groups, group_size]
 
 
-def grpo_update(policy, optimizer, batch, advantage, settings, rng, reference=None):
-    """Reinforce a batch of N rollouts: one pass, in minibatches. advantage [N], reference: the policy to stay near."""
+def grpo_update(policy, optimizer, batch, advantage, settings, rng, reference, also=None):
+    """Reinforce a batch of N rollouts: one pass, in minibatches. advantage [N]
+
+    reference is the policy to stay near if settings.kl > 0, also a function that gives a loss to add to this one.
+    """
     order = torch.tensor(rng.sample(range(len(advantage)), len(advantage)))  # [N]
     for rows in order.chunk(settings.minibatches):  # [M]
         ids, chosen = batch.ids[rows], batch.sampled[rows, 1:]  # [M, T], [M, T-1]
@@ -493,27 +502,32 @@ def grpo_update(policy, optimizer, batch, advantage, settings, rng, reference=No
         gain = advantage[rows, None]  # [M, 1] the reward comes at the end, so all tokens of a rollout share it
         # The smaller of the two ends the push on a choice that has already moved far enough the right way.
         objective = torch.min(ratio * gain, ratio.clamp(1 - settings.clip, 1 + settings.clip) * gain)  # [M, T-1]
-        if reference is not None:
+        if settings.kl > 0:
             with torch.no_grad():
                 anchor = token_log_probs(reference, ids)  # [M, T-1]
             gap = anchor - log_probs  # [M, T-1]
             objective = objective - settings.kl * (gap.exp() - gap - 1)  # an estimate of the KL, never negative
         loss = -(objective * chosen).sum() / chosen.sum()
-        optimise(policy, optimizer, loss)
+        optimise(policy, optimizer, loss + also() if also else loss)
 
 
 # %% SFT: imitate the right conversation
 
 
-def sft_update(policy, optimizer, ids, targets):
-    """One step up the likelihood of the target tokens. ids [M, T], targets [M, T]. -> the loss before the step
+def sft_loss(policy, ids, targets):
+    """Mean negative log-likelihood of the target tokens. ids [M, T], targets [M, T]
 
-    It is GRPO's update with ratio 1 and gain 1, on tokens that someone else chose. Its gradient at a target's logit
-    is 1 - p, largest where the policy finds the right token least likely: just where RL never samples it.
+    It is GRPO's loss with ratio 1 and gain 1, on tokens that someone else chose. Its gradient at a target's logit is
+    1 - p, largest where the policy finds the right token least likely: just where RL never samples it.
     """
     log_probs = token_log_probs(policy, ids)  # [M, T-1]
     wanted = targets[:, 1:]  # [M, T-1]
-    loss = -(log_probs * wanted).sum() / wanted.sum()
+    return -(log_probs * wanted).sum() / wanted.sum()
+
+
+def sft_update(policy, optimizer, ids, targets):
+    """One step up the likelihood of the target tokens. -> the loss before it"""
+    loss = sft_loss(policy, ids, targets)
     optimise(policy, optimizer, loss)
     return loss.item()
 
@@ -648,12 +662,26 @@ def evaluate(policy, world, tokenizer, settings):
 
 @dataclass(frozen=True)
 class Arm:
-    """What sets an arm apart. Everything else is the same for all: start, tasks, sampling seeds, RL settings."""
+    """What sets an arm apart. Everything else is the same for all: start, tasks, sampling seeds, settings."""
 
-    sft: bool  # SFT phases between the RL steps
+    rl: bool = True  # RL updates; without them the rollouts are still played, to find the tasks that fail
+    sft: str = "never"  # when SFT comes: "between" RL steps, all of it "first", or "within" each RL update
+    score: Callable = blind_score  # the reward
+    kl: float = 0.0  # weight of the KL penalty, on top of --kl
+    lr: float = 1.0  # times --lr
 
 
-ARMS = {"rl": Arm(sft=False), "interleaved": Arm(sft=True)}
+ARMS = {
+    "rl": Arm(),
+    "interleaved": Arm(sft="between"),
+    # Controls: what if the cause is taken away, what if the cure is taken apart?
+    "rl-closed": Arm(score=closed_score),
+    "rl-kl": Arm(kl=0.1),
+    "rl-slow": Arm(lr=0.1),
+    "sft": Arm(rl=False, sft="between"),
+    "sft-then-rl": Arm(sft="first"),
+    "sync": Arm(sft="within"),
+}
 
 
 class NotReady(Exception):
@@ -700,20 +728,22 @@ def rl_episodes(world, settings, rng):
     return episodes
 
 
-def sft_phase(policy, optimizer, world, tokenizer, settings, failed, rng):
-    """SFT on gold conversations of tasks that RL has just failed: half with calls due, half without.
+def gold_batch(policy, world, tokenizer, settings, failed, rng):
+    """Gold conversations of tasks that RL has just failed: half with calls due, half without. -> ids, targets
 
     If no task of a kind has failed, training tasks of that kind stand in: an SFT batch of one kind alone would teach
     the policy to treat everything in that way.
     """
-    for _ in range(settings.sft_steps):
-        rows = []
-        for k in range(settings.sft_batch):
-            split = ("train", "no_call.train")[k % 2]
-            pool = [episode for episode in failed if bool(episode.gold_calls) == (split == "train")]
-            episode = rng.choice(pool) if pool else new_episode(world, rng.choice(world.splits[split]), rng)
-            rows.append(trajectory(tokenizer, episode, episode.gold))
-        sft_update(policy, optimizer, *stack(policy, rows))
+    pools = {
+        "train": [episode for episode in failed if episode.gold_calls],
+        "no_call.train": [episode for episode in failed if not episode.gold_calls],
+    }
+    rows = []
+    for k in range(settings.sft_batch):
+        split, pool = list(pools.items())[k % 2]
+        episode = rng.choice(pool) if pool else new_episode(world, rng.choice(world.splits[split]), rng)
+        rows.append(trajectory(tokenizer, episode, episode.gold))
+    return stack(policy, rows)
 
 
 def train_arm(name, base, world, tokenizer, settings, record):
@@ -722,22 +752,35 @@ def train_arm(name, base, world, tokenizer, settings, record):
     Each step draws from streams of its own, so all arms meet the same tasks, directories and sampling seeds. An SFT
     phase comes before an RL step, never after the last: what is evaluated has been through RL since.
     """
-    policy, reference, failed, equal = copy.deepcopy(base), base if settings.kl else None, [], []
+    arm, policy, failed, equal = ARMS[name], copy.deepcopy(base), [], []
+    settings = replace(settings, lr=settings.lr * arm.lr, kl=settings.kl + arm.kl)
     rl_optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
     sft_optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.sft_lr, weight_decay=0.0)
+
+    def gold(rng):
+        return gold_batch(policy, world, tokenizer, settings, failed, rng)
+
     for step in range(settings.steps):
         draws = {use: stream(settings.seed, use, step) for use in ("tasks", "sampling", "order", "gold")}
-        if ARMS[name].sft and step and step % settings.sft_every == 0:
-            sft_phase(policy, sft_optimizer, world, tokenizer, settings, failed, draws["gold"])
-            failed = []
+        phases = {
+            "between": step > 0 and step % settings.sft_every == 0,
+            "first": (settings.steps - 1) // settings.sft_every if step == 0 else 0,  # as many as "between" comes to
+        }.get(arm.sft, 0)
+        for _ in range(phases * settings.sft_steps):
+            sft_update(policy, sft_optimizer, *gold(draws["gold"]))
+        if phases or arm.sft == "within":
+            failed.clear()
         set_lr(rl_optimizer, settings.lr * min(1, (step + 1) / settings.warmup))
         episodes = rl_episodes(world, settings, draws["tasks"])
         batch = rollout(policy, tokenizer, episodes, draws["sampling"])
-        scores = [blind_score(episode) for episode in episodes]
-        rewards = torch.tensor(scores, device=policy.device).view(settings.groups, settings.group_size)
-        grpo_update(policy, rl_optimizer, batch, advantages(rewards).flatten(), settings, draws["order"], reference)
+        scores = [arm.score(episode) for episode in episodes]
         failed += [episode for episode, score in zip(episodes, scores) if not score]
+        rewards = torch.tensor(scores, device=policy.device).view(settings.groups, settings.group_size)
         equal += (rewards == rewards[:, :1]).all(1).tolist()
+        if arm.rl:
+            also = partial(sft_loss, policy, *gold(draws["gold"])) if arm.sft == "within" else None
+            advantage = advantages(rewards).flatten()  # [N]
+            grpo_update(policy, rl_optimizer, batch, advantage, settings, draws["order"], base, also)
         if (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps:
             record({"arm": name, "step": step + 1, "zero_variance_groups": mean(equal)}
                    | evaluate(policy, world, tokenizer, settings))
