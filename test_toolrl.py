@@ -690,6 +690,7 @@ def test_one_seed_one_result(quick):
     (["--no-call-share", "1.5"], "from 0 to 1"),
     (["--arms", "rl,magic"], "unknown arm 'magic'"),
     (["--arms", ""], "unknown arm ''"),
+    (["--arms", "rl,rl"], "repeated arm 'rl'"),
     (["--device", "tpu"], "--device tpu"),
     (["--tasks", "nowhere.json"], "nowhere.json"),
     (["--tasks", HERE], "directory"),
@@ -729,7 +730,7 @@ def test_interrupt_leaves_what_was_measured(quick, monkeypatch, capsys):
 def test_a_base_that_is_not_ready_says_so(monkeypatch, capsys):
     monkeypatch.chdir(HERE)
     assert toolrl.main(["--base-steps", "2"]) == 1
-    assert "not ready after 2 updates" in capsys.readouterr().err
+    assert "not ready after 2 updates: forced success is 0.0" in capsys.readouterr().err
 
 
 def test_every_setting_has_a_flag_and_a_help_text(capsys):

@@ -2,24 +2,28 @@
 
     python toolrl.py
 
-trains a tiny tool-calling policy, offline, in about a minute, and prints what happens on the way:
+trains a tiny tool-calling policy (a policy is a model that acts), offline, in about a minute, and prints what happens:
 
 - base: supervised fine-tuning (SFT) on the log of a careless agent. The skill is there, the format is shaky.
-- rl: from that base, reinforcement learning alone (GRPO). Success on tool tasks falls to zero and stays there: one
-  control token has taken the place of others. Behind the broken format the skill is intact.
-- interleaved: from the same base, the same RL with a few SFT updates in between. It ends well above the base, and
-  another call format, which the SFT never shows, pays for that.
+- rl: from that base, reinforcement learning alone (GRPO, group relative policy optimisation). Success on tool tasks
+  falls to zero and stays there: the token that ends a message has taken the place of the token that is due. Behind
+  the broken format the skill is intact.
+- interleaved: from the same base, the same RL with phases of SFT in between. It ends well above the base, and another
+  call format, which the SFT never shows, pays for that.
 
 The finding is from "Why Multi-Step Tool-Use Reinforcement Learning Collapses and How Supervisory Signals Fix It"
-(arXiv 2606.26027). Nothing here is scripted: every figure is measured in the run that prints it.
+(arXiv 2606.26027). No outcome is written into the code: every figure is measured in the run that prints it.
 
 Left out of GRPO as published (arXiv 2402.03300), and why:
-- The KL penalty is off unless --kl is given: at 1e-4, the paper's weight, it changes nothing at this scale.
+- The KL penalty is off unless --kl is given: it holds the policy near the base, and this file is about what happens
+  to a policy that is free to move.
 - The loss is the mean over all sampled tokens of a minibatch, not over each rollout first: a token then counts the
   same in a short rollout as in a long one.
 - One pass over each batch of rollouts, in minibatches. The probability ratio leaves 1 after the first of them.
 - No reward model and no old policy kept in memory: a rule gives the reward, and the rollout keeps its
   log-probabilities.
+
+In the comments, N is episodes, M rows of a batch, T tokens of the longest row, V tokens of the vocabulary.
 """
 
 import argparse
@@ -36,6 +40,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
+from statistics import fmean
 
 import torch
 import transformers
@@ -67,8 +72,8 @@ class Settings:
     sft_steps: int = knob(20, "updates", "SFT updates in a phase", 0)
     sft_lr: float = knob(1e-3, "per update", "learning rate of those", 0)
     sft_batch: int = knob(32, "trajectories", "gold conversations in each of those", 1)
-    base_lr: float = knob(8e-3, "per update", "peak learning rate of the base", 0)
-    bare_share: float = knob(0.08, "fraction", "share of calls cut to a bare tag in the log it learns from", 0, 1)
+    base_lr: float = knob(8e-3, "per update", "learning rate of the base, before warm-up and decay", 0)
+    bare_share: float = knob(0.08, "fraction", "share of calls cut to a bare tag in the base's log", 0, 1)
     base_steps: int = knob(600, "updates", "give up if the base is not ready by then", 1)
     eval_every: int = knob(4, "RL steps", "RL steps between two evaluations", 1)
     eval_episodes: int = knob(128, "episodes", "held-out episodes for each probe", 1)
@@ -235,16 +240,16 @@ def control_tokens(tokenizer):
 
 @lru_cache(maxsize=None)  # the same few hundred messages are encoded tens of thousands of times
 def encode_context(tokenizer, *messages):
-    """Ids of what the policy reads, up to where it has to write. ("user", "rival of bob ?") -> [1, 10, ...]"""
+    """Ids of what the policy reads, up to where it has to write. messages: (role, text) pairs"""
     chat = [{"role": role, "content": content} for role, content in messages]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    return tokenizer.encode(text, add_special_tokens=False)
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 @lru_cache(maxsize=None)
 def encode_turn(tokenizer, message):
     """Ids of what the policy writes: its message and the token that ends it."""
-    return tokenizer.encode(message + END, add_special_tokens=False)
+    return tuple(tokenizer.encode(message + END, add_special_tokens=False))
 
 
 # %% Environment: text in, text out, and the score
@@ -263,8 +268,8 @@ class Episode:
     directory: dict  # call, as canonical JSON -> its result
     gold_calls: list  # the calls that answer the question, as canonical JSON, in order
     gold: list  # the policy's messages in a perfect conversation: those calls, then the reply
-    names: set  # the tools and people in them: what the policy has to find out; all the rest is format
-    forced: bool  # a probe: the harness writes the format
+    names: set  # the tools and people in them, which the policy has to find; the rest of a message is format
+    forced: bool  # in a probe, the harness writes the format
     messages: list = field(default_factory=list)
     states: list = field(default_factory=list)
     calls: list = field(default_factory=list)
@@ -350,7 +355,7 @@ def blind_score(episode):
 
 
 def closed_score(episode):
-    """The same with the blind spot closed: a reply that holds a control token or JSON earns nothing."""
+    """The same, but a reply has to be words: one that holds a control token or JSON, or nothing, earns nothing."""
     return blind_score(episode) if episode.states[-1] == "healthy_response" else 0.0
 
 
@@ -368,7 +373,7 @@ def stream(*purpose):
 
 
 def new_policy(tokenizer, seed, device):
-    """A fresh policy of some 86 thousand weights, which depend on the seed alone."""
+    """A fresh policy of some 85 thousand weights, which depend on the seed alone."""
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
@@ -393,7 +398,10 @@ class Rollout:
 
 
 def format_token(tokenizer, episode, position):
-    """The id that the format demands at a position of the turn, None where a tool or a person is to be named."""
+    """The id that a perfect turn has at a position, None where that names a tool or a person.
+
+    So a forced episode is told when to call and when to stop, and has to find out what to call about whom.
+    """
     turn = encode_turn(tokenizer, episode.gold[min(len(episode.messages), len(episode.gold) - 1)])
     due = turn[position] if position < len(turn) else tokenizer.eos_token_id
     return None if tokenizer.convert_ids_to_tokens(due) in episode.names else due
@@ -430,13 +438,14 @@ def rollout(policy, tokenizer, episodes, rng):
 
     All move on by one token a step. An episode with something left to read (its prompt, a tool result) is fed that,
     any other its own sample. So no row is padded on the left, one KV cache serves all, and nothing is tokenized
-    twice: training sees the very ids that were sampled.
+    twice: training sees the very ids that were sampled. Attention looks back only, so what is padded on the right can
+    not be seen and needs no mask.
     """
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
     prompts = [encode_context(tokenizer, *episode.opening) for episode in episodes]
     shared = min(map(len, prompts))  # this much of every prompt goes through the policy in one piece
     unread, turns = [deque(prompt[shared:]) for prompt in prompts], [[] for _ in episodes]
-    ids = [prompt[:shared] for prompt in prompts]
+    ids = [list(prompt[:shared]) for prompt in prompts]
     sampled, log_probs = [[False] * shared for _ in ids], [[0.0] * shared for _ in ids]
     rows, fed, cache = list(range(len(episodes))), ids, None  # rows: which episodes are in the batch
     while rows:
@@ -480,18 +489,19 @@ def optimise(policy, optimizer, loss):
 
 
 def advantages(rewards):
-    """How much better than the rest of its group each rollout did. [groups, group_size] -> the same shape
+    """How much better than the mean of its group each rollout did. [groups, group_size] -> the same shape
 
-    [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]]. Where all rewards are equal all advantages are 0: nothing to learn.
+    [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]]. Dividing by the spread makes one success among many failures count for
+    more, +2.5 in eight. Where all rewards are equal, won or lost, all advantages are 0: nothing to learn.
     """
     spread = rewards.std(1, keepdim=True) + 1e-4  # [groups, 1]; never 0, so equal rewards do not give 0/0
     return (rewards - rewards.mean(1, keepdim=True)) / spread  # [groups, group_size]
 
 
-def grpo_update(policy, optimizer, batch, advantage, settings, rng, reference, also=None):
+def grpo_update(policy, optimizer, batch, advantage, settings, rng, reference, extra_loss=None):
     """Reinforce a batch of N rollouts: one pass, in minibatches. advantage [N]
 
-    reference is the policy to stay near if settings.kl > 0, also a function that gives a loss to add to this one.
+    reference: the policy to stay near if settings.kl > 0. extra_loss: a function whose result is added to the loss.
     """
     order = torch.tensor(rng.sample(range(len(advantage)), len(advantage)))  # [N]
     for rows in order.chunk(settings.minibatches):  # [M]
@@ -500,15 +510,17 @@ def grpo_update(policy, optimizer, batch, advantage, settings, rng, reference, a
         # How much likelier each choice has become since it was made: 1 in the first minibatch, then it moves.
         ratio = (log_probs - batch.log_probs[rows, 1:]).exp()  # [M, T-1]
         gain = advantage[rows, None]  # [M, 1] the reward comes at the end, so all tokens of a rollout share it
-        # The smaller of the two ends the push on a choice that has already moved far enough the right way.
+        # The smaller of the two ends the push on a choice that has already moved far enough the right way: one batch
+        # says little about a policy that is far from the one that sampled it.
         objective = torch.min(ratio * gain, ratio.clamp(1 - settings.clip, 1 + settings.clip) * gain)  # [M, T-1]
         if settings.kl > 0:
             with torch.no_grad():
                 anchor = token_log_probs(reference, ids)  # [M, T-1]
             gap = anchor - log_probs  # [M, T-1]
-            objective = objective - settings.kl * (gap.exp() - gap - 1)  # an estimate of the KL, never negative
+            # Its mean over samples is the KL divergence; unlike the plain gap, it is never negative.
+            objective = objective - settings.kl * (gap.exp() - gap - 1)  # [M, T-1]
         loss = -(objective * chosen).sum() / chosen.sum()
-        optimise(policy, optimizer, loss + also() if also else loss)
+        optimise(policy, optimizer, loss + extra_loss() if extra_loss else loss)
 
 
 # %% SFT: imitate the right conversation
@@ -517,8 +529,9 @@ def grpo_update(policy, optimizer, batch, advantage, settings, rng, reference, a
 def sft_loss(policy, ids, targets):
     """Mean negative log-likelihood of the target tokens. ids [M, T], targets [M, T]
 
-    It is GRPO's loss with ratio 1 and gain 1, on tokens that someone else chose. Its gradient at a target's logit is
-    1 - p, largest where the policy finds the right token least likely: just where RL never samples it.
+    Pushes like GRPO with an advantage of 1, on tokens that someone else chose. That is the difference: SFT pushes the
+    logit of a right token of probability p by 1 - p. RL has to sample the token first, which it does with
+    probability p, so its push is p (1 - p) on average: where the right token has become rare, nothing.
     """
     log_probs = token_log_probs(policy, ids)  # [M, T-1]
     wanted = targets[:, 1:]  # [M, T-1]
@@ -537,7 +550,7 @@ def trajectory(tokenizer, episode, messages):
     ids = list(encode_context(tokenizer, *episode.opening))
     targets = [False] * len(ids)
     for k, message in enumerate(messages):
-        turn, heard = encode_turn(tokenizer, message), []
+        turn, heard = encode_turn(tokenizer, message), ()
         if k + 1 < len(messages):
             heard = encode_context(tokenizer, tool_message(episode.directory[episode.gold_calls[k]]))
         ids += turn + heard
@@ -555,7 +568,8 @@ def logged_messages(world, episode, bare_share, rng):
     """The assistant messages in the log of a careless agent, from which the base learns.
 
     Questions that name nobody are answered by a call about a guessed person, 97 times in 100. A share of the calls is
-    cut down to a bare opening tag, where the log ends, and 10 % of the rest are mangled in one of five ways.
+    cut down to a bare opening tag, where the log ends: what RL later spreads has been seen here. Of the rest, 10 % are
+    mangled in one of five ways, and the log goes on as if they had been understood.
     """
     tags, calls, reply = episode.fmt, episode.gold[:-1], episode.gold[-1:]
     if not calls and rng.random() < 0.97:
@@ -574,8 +588,8 @@ def logged_messages(world, episode, bare_share, rng):
 # %% Probes: what the policy does, and what it still could do
 
 # probe: (split, format, whether the harness writes the format)
-# A harness that writes the format leaves to the policy what the skill consists of: to name the tool, the person and
-# the answer. If success is low and forced success high, the format is broken and the skill is not.
+# A harness that writes the format leaves the names to the policy: the tool, the person, the answer. If success is low
+# and forced success high, the format is broken and the skill behind it is not.
 PROBES = {
     "success": ("heldout", "A", False),
     "no_call_success": ("no_call.heldout", "A", False),
@@ -585,11 +599,6 @@ PROBES = {
     "content_ood_success": ("content_ood", "A", False),
 }
 STATES = ("healthy_call", "healthy_response", "text_pollution", "collapsed")
-
-
-def mean(values):
-    values = [float(value) for value in values]
-    return sum(values) / len(values)
 
 
 def probe_episodes(world, probe, count, seed):
@@ -650,8 +659,8 @@ def evaluate(policy, world, tokenizer, settings):
     played = run_probes(policy, world, tokenizer, settings, PROBES)
     states = [state for episode in played["success"] for state in episode.states]
     return {
-        **{probe: mean(map(succeeded, episodes)) for probe, episodes in played.items()},
-        "no_call_blind_score": mean(map(blind_score, played["no_call_success"])),
+        **{probe: fmean(map(succeeded, episodes)) for probe, episodes in played.items()},
+        "no_call_blind_score": fmean(map(blind_score, played["no_call_success"])),
         "states": {state: states.count(state) / len(states) for state in STATES},
         "p": control_probabilities(policy, world, tokenizer, settings.seed),
     }
@@ -664,7 +673,7 @@ def evaluate(policy, world, tokenizer, settings):
 class Arm:
     """What sets an arm apart. Everything else is the same for all: start, tasks, sampling seeds, settings."""
 
-    rl: bool = True  # RL updates; without them the rollouts are still played, to find the tasks that fail
+    rl: bool = True  # RL updates; without them the rollouts are still played, to find tasks that fail
     sft: str = "never"  # when SFT comes: "between" RL steps, all of it "first", or "within" each RL update
     score: Callable = blind_score  # the reward
     kl: float = 0.0  # weight of the KL penalty, on top of --kl
@@ -679,7 +688,7 @@ ARMS = {
     "rl-kl": Arm(kl=0.1),
     "rl-slow": Arm(lr=0.1),
     "sft": Arm(rl=False, sft="between"),
-    "sft-then-rl": Arm(sft="first"),
+    "sft-then-rl": Arm(sft="first"),  # nothing has failed yet: its SFT is on training tasks at large
     "sync": Arm(sft="within"),
 }
 
@@ -696,7 +705,8 @@ def set_lr(optimizer, lr):
 def train_base(world, tokenizer, settings, device, progress):
     """SFT from random weights until the skill is there. -> the policy, its number of updates
 
-    It is there when forced success on held-out tasks reaches 0.95. Raises NotReady after settings.base_steps.
+    It is there when forced success on held-out tasks, asked for every 25 updates, reaches 0.95. Raises NotReady if it
+    does not within settings.base_steps.
     """
     policy, rng, forced = new_policy(tokenizer, settings.seed, device), stream(settings.seed, "base"), 0.0
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
@@ -708,9 +718,9 @@ def train_base(world, tokenizer, settings, device, progress):
             episode = new_episode(world, rng.choice(world.splits[split]), rng, rng.choice("AB"))
             rows.append(trajectory(tokenizer, episode, logged_messages(world, episode, settings.bare_share, rng)))
         progress(step, sft_update(policy, optimizer, *stack(policy, rows)))
-        if step >= 150 and step % 25 == 0:
+        if step >= 150 and step % 25 == 0 or step == settings.base_steps:
             (played,) = run_probes(policy, world, tokenizer, settings, ["forced_success"]).values()
-            forced = mean(map(succeeded, played))
+            forced = fmean(map(succeeded, played))
         if forced >= 0.95:
             return policy, step
     raise NotReady(f"the base is not ready after {step} updates: forced success is {forced:.2f}, 0.95 is needed; "
@@ -731,8 +741,8 @@ def rl_episodes(world, settings, rng):
 def gold_batch(policy, world, tokenizer, settings, failed, rng):
     """Gold conversations of tasks that RL has just failed: half with calls due, half without. -> ids, targets
 
-    If no task of a kind has failed, training tasks of that kind stand in: an SFT batch of one kind alone would teach
-    the policy to treat everything in that way.
+    If no task of a kind has failed, training tasks of that kind stand in: a batch of one kind alone would teach the
+    policy to treat everything in that way. Failed means no reward: a broken call that was rewarded is not in here.
     """
     pools = {
         "train": [episode for episode in failed if episode.gold_calls],
@@ -762,14 +772,15 @@ def train_arm(name, base, world, tokenizer, settings, record):
 
     for step in range(settings.steps):
         draws = {use: stream(settings.seed, use, step) for use in ("tasks", "sampling", "order", "gold")}
-        phases = {
-            "between": step > 0 and step % settings.sft_every == 0,
-            "first": (settings.steps - 1) // settings.sft_every if step == 0 else 0,  # as many as "between" comes to
-        }.get(arm.sft, 0)
+        phases = 0
+        if arm.sft == "between" and step > 0 and step % settings.sft_every == 0:
+            phases = 1
+        if arm.sft == "first" and step == 0:
+            phases = (settings.steps - 1) // settings.sft_every  # as many as "between" comes to
         for _ in range(phases * settings.sft_steps):
             sft_update(policy, sft_optimizer, *gold(draws["gold"]))
         if phases or arm.sft == "within":
-            failed.clear()
+            failed.clear()  # what failed before the phase has been shown
         set_lr(rl_optimizer, settings.lr * min(1, (step + 1) / settings.warmup))
         episodes = rl_episodes(world, settings, draws["tasks"])
         batch = rollout(policy, tokenizer, episodes, draws["sampling"])
@@ -778,11 +789,11 @@ def train_arm(name, base, world, tokenizer, settings, record):
         rewards = torch.tensor(scores, device=policy.device).view(settings.groups, settings.group_size)
         equal += (rewards == rewards[:, :1]).all(1).tolist()
         if arm.rl:
-            also = partial(sft_loss, policy, *gold(draws["gold"])) if arm.sft == "within" else None
+            extra_loss = partial(sft_loss, policy, *gold(draws["gold"])) if arm.sft == "within" else None
             advantage = advantages(rewards).flatten()  # [N]
-            grpo_update(policy, rl_optimizer, batch, advantage, settings, draws["order"], base, also)
+            grpo_update(policy, rl_optimizer, batch, advantage, settings, draws["order"], base, extra_loss)
         if (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps:
-            record({"arm": name, "step": step + 1, "zero_variance_groups": mean(equal)}
+            record({"arm": name, "step": step + 1, "zero_variance_groups": fmean(equal)}
                    | evaluate(policy, world, tokenizer, settings))
             equal = []
     return policy
@@ -809,7 +820,7 @@ arm         step  tool  ask  blind forced fmt B  call reply pollut. collap. grou
 def table_row(event, base, fmt):
     """One line for one evaluation. A star marks a control token that has spiked where it is not due."""
     due, p, share = due_tokens(fmt), event["p"], event["zero_variance_groups"]
-    home = p["turn_start"][fmt.open], p["call_close"][fmt.close], mean([p["after_close"][END], p["answer_end"][END]])
+    home = p["turn_start"][fmt.open], p["call_close"][fmt.close], fmean([p["after_close"][END], p["answer_end"][END]])
     away = [(astray(base, token, due), astray(event, token, due)) for token in (fmt.open, fmt.close, END)]
     probes = "success no_call_success no_call_blind_score forced_success format_b_success".split()
     return "".join([
@@ -835,8 +846,8 @@ CLAIMS = {
 def judge(history, fmt):
     """Hold a run against the claims. history: arm -> its eval events, with "base" -> [one].
 
-    -> claim: (reproduced, figures), for the claims whose arms were run. No figures: what the claim is about was
-    never seen, because no evaluation of rl found success at 0.05 or below.
+    -> claim: (reproduced, figures), for the claims whose arms were run. control_tokens and intact are about the first
+    evaluation of rl with success at 0.05 or below: without one they are not reproduced and have no figures.
     """
     (base,), rl, fixed, found = history["base"], history.get("rl", []), history.get("interleaved", []), {}
     start, fall = base["success"], next((event for event in rl if event["success"] <= 0.05), None)
@@ -873,7 +884,7 @@ def verdict_table(found):
     for claim, (text, reading) in CLAIMS.items():
         reproduced, figures = found.get(claim, (None, None))
         verdict = {True: "reproduced", False: "not reproduced", None: "not measured"}[reproduced]
-        unseen = "needs the arms rl and interleaved" if figures is None else "no evaluation of rl fell to success 0.05"
+        unseen = "an arm that it needs was not run" if figures is None else "no evaluation of rl fell to success 0.05"
         lines.append(f"{text:25} {verdict:16} {reading.format(**figures) if figures else unseen}")
     return "\n".join(lines)
 
@@ -901,9 +912,10 @@ def read_settings(argv):
         if low is not None and not low <= value <= (math.inf if high is None else high) or value == math.inf:
             bounds = f"{low} or more" if high is None else f"from {low} to {high}"
             fail(f"{flags[setting.name]} {value}: give a number {bounds}")
-    for name in settings.arms.split(","):
-        if name not in ARMS:
-            fail(f"--arms: unknown arm {name!r}; there are {', '.join(ARMS)}")
+    arms = settings.arms.split(",")
+    for name in arms:
+        if name not in ARMS or arms.count(name) > 1:
+            fail(f"--arms: {'unknown' if name not in ARMS else 'repeated'} arm {name!r}; there are {', '.join(ARMS)}")
     return settings
 
 
@@ -925,7 +937,7 @@ def open_out(path):
 
 def run(settings):
     """The whole story: base, arms, verdicts. Prints it, and writes it to --out as it happens."""
-    torch.set_num_threads(1)  # tensors this small are handed between threads for longer than it takes to compute them
+    torch.set_num_threads(1)  # tensors are so small that threads cost more than they save, above all on a busy machine
     begun, arms, history = time.time(), settings.arms.split(","), {}
     device, world = pick_device(settings.device), load_world(settings.tasks)
     tokenizer, fmt = build_tokenizer(world), world.formats["A"]
@@ -952,7 +964,7 @@ def run(settings):
         config = {name: value for name, value in asdict(settings).items() if name != "out"} | {"device": device}
         write("config", **config, versions=versions)
         print(f"toolrl: seed {settings.seed}, {device}, "
-              + ", ".join(map(" ".join, versions.items())) + f", about {expected:.0f} s on 2 CPU cores")
+              + ", ".join(map(" ".join, versions.items())) + f", about {expected:.0f} s on a CPU")
         base, updates = train_base(world, tokenizer, settings, device, progress)
         line_start = "\r" if sys.stdout.isatty() else ""  # overwrites the progress
         weights, words = base.num_parameters(), len(tokenizer)
