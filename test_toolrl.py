@@ -52,8 +52,14 @@ def quick(monkeypatch, base, tmp_path):
 
     def call(*arguments, out="run.jsonl"):
         path = tmp_path / out
-        code = toolrl.main([*"--steps 2 --eval-every 1 --eval-episodes 8 --sft-every 1 --sft-steps 1".split(),
-                            *arguments, "--out", str(path)])
+        code = toolrl.main(
+            [
+                *"--steps 2 --eval-every 1 --eval-episodes 8 --sft-every 1 --sft-steps 1".split(),
+                *arguments,
+                "--out",
+                str(path),
+            ]
+        )
         return code, [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     return call
@@ -111,6 +117,7 @@ def without(*path):
         for key in path[:-1]:
             tree = tree[key]
         del tree[path[-1]]
+
     return change
 
 
@@ -119,33 +126,37 @@ def also(question, *path):
         for key in path:
             tree = tree[key]
         tree.append(question)
+
     return change
 
 
-@pytest.mark.parametrize("change, said", [
-    (without("people"), "people is missing"),
-    (without("formats", "B", "close"), "formats.B.close is missing"),
-    (without("tools", 1, "function", "name"), "tools.1.function.name is missing"),
-    (without("wording", "link"), "wording.link is missing"),
-    (without("splits", "no_call", "heldout"), "splits.no_call.heldout is missing"),
-    (also("boss of alice ?", "splits", "train"), "unknown tool 'boss'"),
-    (also("rival of zoe ?", "splits", "train"), "unknown person 'zoe'"),
-    (also("rival of them ?", "splits", "train"), "only the no_call splits"),
-    (also("rival of alice ?", "splits", "no_call", "train"), "only the no_call splits"),
-    (also("rival of alice", "splits", "simple"), "does not read"),
-    (also("alice ?", "splits", "simple"), "does not read"),
-    (also(7, "splits", "simple"), "does not read"),
-    (also("mary ann", "people"), "more than one token"),
-    (also('"bob"', "people"), "more than one token"),
-    (also(3, "people"), "more than one token"),
-    (lambda tree: tree["splits"]["simple"].append(tree["splits"]["train"][0]), "in two splits"),
-    (lambda tree: tree["splits"]["content_ood"].append(tree["splits"]["heldout"].pop()), "in this order too"),
-    (also("alice", "people"), "stands twice"),
-    (also("rival", "people"), "stands twice"),
-    (lambda tree: tree["formats"]["B"].update(open="function:"), "angle brackets"),
-    (lambda tree: tree["wording"].update(ask_back='who is "them" ?'), "more than one token"),
-    (lambda tree: tree["tools"][0]["function"]["parameters"]["properties"].update(to={}), "exactly one argument"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (without("people"), "people is missing"),
+        (without("formats", "B", "close"), "formats.B.close is missing"),
+        (without("tools", 1, "function", "name"), "tools.1.function.name is missing"),
+        (without("wording", "link"), "wording.link is missing"),
+        (without("splits", "no_call", "heldout"), "splits.no_call.heldout is missing"),
+        (also("boss of alice ?", "splits", "train"), "unknown tool 'boss'"),
+        (also("rival of zoe ?", "splits", "train"), "unknown person 'zoe'"),
+        (also("rival of them ?", "splits", "train"), "only the no_call splits"),
+        (also("rival of alice ?", "splits", "no_call", "train"), "only the no_call splits"),
+        (also("rival of alice", "splits", "simple"), "does not read"),
+        (also("alice ?", "splits", "simple"), "does not read"),
+        (also(7, "splits", "simple"), "does not read"),
+        (also("mary ann", "people"), "more than one token"),
+        (also('"bob"', "people"), "more than one token"),
+        (also(3, "people"), "more than one token"),
+        (lambda tree: tree["splits"]["simple"].append(tree["splits"]["train"][0]), "in two splits"),
+        (lambda tree: tree["splits"]["content_ood"].append(tree["splits"]["heldout"].pop()), "in this order too"),
+        (also("alice", "people"), "stands twice"),
+        (also("rival", "people"), "stands twice"),
+        (lambda tree: tree["formats"]["B"].update(open="function:"), "angle brackets"),
+        (lambda tree: tree["wording"].update(ask_back='who is "them" ?'), "more than one token"),
+        (lambda tree: tree["tools"][0]["function"]["parameters"]["properties"].update(to={}), "exactly one argument"),
+    ],
+)
 def test_a_broken_tasks_file_is_one_line_that_names_the_place(tmp_path, capsys, change, said):
     tree = json.load(open(TASKS))
     change(tree)
@@ -193,27 +204,30 @@ def test_the_chat_template_and_the_pieces_agree(world, tokenizer):
 # %% Environment
 
 
-@pytest.mark.parametrize("message, state", [
-    (f"<tool_call>{CALL}</tool_call>", "healthy_call"),
-    ('<tool_call>{"name": "boss", "arguments": {"of": "zoe"}}</tool_call>', "healthy_call"),
-    ("The answer is bob", "healthy_response"),
-    ("who do you mean ?", "healthy_response"),
-    ("", "collapsed"),
-    ("<tool_call>", "collapsed"),
-    ("<tool_call><tool_call>", "collapsed"),
-    ("<tool_call></tool_call>", "collapsed"),
-    (f"<tool_call>{CALL}", "text_pollution"),
-    (f"{CALL}</tool_call>", "text_pollution"),
-    (CALL, "text_pollution"),
-    (f"<tool_call><tool_call>{CALL}</tool_call>", "text_pollution"),
-    (f"<tool_call>{CALL}</tool_call></tool_call>", "text_pollution"),
-    (f"I will call <tool_call>{CALL}</tool_call>", "text_pollution"),
-    (f"<function>{CALL}</function>", "text_pollution"),
-    ("<tool_call>rival bob</tool_call>", "text_pollution"),
-    ('<tool_call>{"name": "rival"}</tool_call>', "text_pollution"),
-    ("<tool_call>[1]</tool_call>", "text_pollution"),
-    ("<tool_call>" + "[" * 100_000 + "</tool_call>", "text_pollution"),
-])
+@pytest.mark.parametrize(
+    "message, state",
+    [
+        (f"<tool_call>{CALL}</tool_call>", "healthy_call"),
+        ('<tool_call>{"name": "boss", "arguments": {"of": "zoe"}}</tool_call>', "healthy_call"),
+        ("The answer is bob", "healthy_response"),
+        ("who do you mean ?", "healthy_response"),
+        ("", "collapsed"),
+        ("<tool_call>", "collapsed"),
+        ("<tool_call><tool_call>", "collapsed"),
+        ("<tool_call></tool_call>", "collapsed"),
+        (f"<tool_call>{CALL}", "text_pollution"),
+        (f"{CALL}</tool_call>", "text_pollution"),
+        (CALL, "text_pollution"),
+        (f"<tool_call><tool_call>{CALL}</tool_call>", "text_pollution"),
+        (f"<tool_call>{CALL}</tool_call></tool_call>", "text_pollution"),
+        (f"I will call <tool_call>{CALL}</tool_call>", "text_pollution"),
+        (f"<function>{CALL}</function>", "text_pollution"),
+        ("<tool_call>rival bob</tool_call>", "text_pollution"),
+        ('<tool_call>{"name": "rival"}</tool_call>', "text_pollution"),
+        ("<tool_call>[1]</tool_call>", "text_pollution"),
+        ("<tool_call>" + "[" * 100_000 + "</tool_call>", "text_pollution"),
+    ],
+)
 def test_the_four_states(world, message, state):
     assert toolrl.classify(message, world.formats["A"])[0] == state
     assert state in toolrl.STATES
@@ -243,33 +257,39 @@ def score(world, question, make):
     return toolrl.blind_score(episode), toolrl.succeeded(episode)
 
 
-@pytest.mark.parametrize("make, blind, strict", [
-    (lambda e: [""], 0, False),
-    (lambda e: ["<tool_call>"], 0, False),
-    (lambda e: e.gold[-1:], 0, False),  # the right answer without the calls
-    (lambda e: [e.gold[0], e.gold[2]], 0, False),  # a call left out
-    (lambda e: [e.gold[1], e.gold[0], e.gold[2]], 0, False),  # the wrong order
-    (lambda e: [e.gold[0], e.gold[0], e.gold[1], e.gold[2]], 0, False),  # a call too many
-    (lambda e: [e.gold[0].replace("mentor", "boss")], 0, False),
-    (lambda e: [*e.gold[:2], "The answer is nobody"], 1, False),  # the blind spot: replies are not read
-    (lambda e: [*e.gold[:2], "<tool_call>"], 1, False),
-    (lambda e: [*e.gold[:2], f"{e.gold[2]} {e.gold[0]}"], 0, False),  # a call behind the answer
-    (lambda e: [*e.gold[:2], "<tool_call>" * 3 + "</tool_call>"], 0, False),
-    (lambda e: e.gold, 1, True),
-])
+@pytest.mark.parametrize(
+    "make, blind, strict",
+    [
+        (lambda e: [""], 0, False),
+        (lambda e: ["<tool_call>"], 0, False),
+        (lambda e: e.gold[-1:], 0, False),  # the right answer without the calls
+        (lambda e: [e.gold[0], e.gold[2]], 0, False),  # a call left out
+        (lambda e: [e.gold[1], e.gold[0], e.gold[2]], 0, False),  # the wrong order
+        (lambda e: [e.gold[0], e.gold[0], e.gold[1], e.gold[2]], 0, False),  # a call too many
+        (lambda e: [e.gold[0].replace("mentor", "boss")], 0, False),
+        (lambda e: [*e.gold[:2], "The answer is nobody"], 1, False),  # the blind spot: replies are not read
+        (lambda e: [*e.gold[:2], "<tool_call>"], 1, False),
+        (lambda e: [*e.gold[:2], f"{e.gold[2]} {e.gold[0]}"], 0, False),  # a call behind the answer
+        (lambda e: [*e.gold[:2], "<tool_call>" * 3 + "</tool_call>"], 0, False),
+        (lambda e: e.gold, 1, True),
+    ],
+)
 def test_scores_where_calls_are_due(world, make, blind, strict):
     assert score(world, "rival of mentor of alice ?", make) == (blind, strict)
 
 
-@pytest.mark.parametrize("make, blind, strict", [
-    (lambda e: e.gold, 1, True),
-    (lambda e: [""], 1, False),
-    (lambda e: ["<tool_call>"], 1, False),  # the blind spot
-    (lambda e: [f"<tool_call>{CALL}"], 1, False),
-    (lambda e: [f"<tool_call>{CALL}</tool_call>", e.gold[0]], 0, False),
-    (lambda e: ["<tool_call></tool_call>"], 0, False),
-    (lambda e: ["The answer is bob"], 1, False),
-])
+@pytest.mark.parametrize(
+    "make, blind, strict",
+    [
+        (lambda e: e.gold, 1, True),
+        (lambda e: [""], 1, False),
+        (lambda e: ["<tool_call>"], 1, False),  # the blind spot
+        (lambda e: [f"<tool_call>{CALL}"], 1, False),
+        (lambda e: [f"<tool_call>{CALL}</tool_call>", e.gold[0]], 0, False),
+        (lambda e: ["<tool_call></tool_call>"], 0, False),
+        (lambda e: ["The answer is bob"], 1, False),
+    ],
+)
 def test_scores_where_no_call_is_due(world, make, blind, strict):
     assert score(world, "rival of them ?", make) == (blind, strict)
 
@@ -308,7 +328,9 @@ def test_rollout_keeps_the_ids_and_log_probs_that_were_sampled(base, played, tok
     assert (batch.log_probs[~batch.sampled] == 0).all() and (batch.log_probs[batch.sampled] < 0).all()
     for row, episode in enumerate(episodes):
         turns = tokenizer.decode(batch.ids[row][batch.sampled[row]])
-        assert turns.replace(END, "") == tokenizer.decode(tokenizer.encode("".join(episode.messages), add_special_tokens=False))
+        assert turns.replace(END, "") == tokenizer.decode(
+            tokenizer.encode("".join(episode.messages), add_special_tokens=False)
+        )
 
 
 def test_the_loss_covers_sampled_end_tokens_and_no_context(played, tokenizer):
@@ -381,7 +403,9 @@ def test_a_better_rollout_becomes_likelier_and_a_worse_one_less(base, played):
     policy = copy.deepcopy(base)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
     toolrl.grpo_update(policy, optimizer, batch, advantage, Settings(minibatches=1), toolrl.stream(0), base)
-    change = (toolrl.token_log_probs(policy, batch.ids) - toolrl.token_log_probs(base, batch.ids)) * batch.sampled[:, 1:]
+    change = (toolrl.token_log_probs(policy, batch.ids) - toolrl.token_log_probs(base, batch.ids)) * batch.sampled[
+        :, 1:
+    ]
     assert change[0].sum() > 0 > change[1].sum()
 
 
@@ -403,15 +427,25 @@ def test_the_gradient_reaches_sampled_tokens_only(base, played, tokenizer, where
     policy = copy.deepcopy(base)
     policy.lm_head.register_forward_hook(lambda _, __, out: (out.retain_grad(), captured.append(out))[0])
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    toolrl.grpo_update(policy, optimizer, batch, torch.ones(len(batch.ids)), Settings(minibatches=1), toolrl.stream(0), base)
+    toolrl.grpo_update(
+        policy, optimizer, batch, torch.ones(len(batch.ids)), Settings(minibatches=1), toolrl.stream(0), base
+    )
     order = torch.tensor(toolrl.stream(0).sample(range(len(batch.ids)), len(batch.ids)))
     gradient = captured[0].grad[(order == row).nonzero()[0, 0], position - 1]
     assert (gradient.abs().max() > 0) == (where == "sampled end")
 
 
-@pytest.mark.parametrize("advantage, shift, stopped", [
-    (1.0, 0.5, True), (1.0, -0.5, False), (-1.0, -0.5, True), (-1.0, 0.5, False), (1.0, 0.1, False), (-1.0, -0.1, False),
-])
+@pytest.mark.parametrize(
+    "advantage, shift, stopped",
+    [
+        (1.0, 0.5, True),
+        (1.0, -0.5, False),
+        (-1.0, -0.5, True),
+        (-1.0, 0.5, False),
+        (1.0, 0.1, False),
+        (-1.0, -0.1, False),
+    ],
+)
 def test_the_clip_stops_choices_that_moved_far_enough_the_right_way(base, played, advantage, shift, stopped):
     _, batch = played
     older = dataclasses.replace(batch, log_probs=batch.log_probs - shift * batch.sampled)  # the ratio is exp(shift)
@@ -501,12 +535,22 @@ def test_probabilities_are_read_at_the_right_positions(world, tokenizer):
     measured = toolrl.control_probabilities(Parrot(), world, tokenizer, 0)
     due = toolrl.due_tokens(fmt)
     assert measured.keys() == due.keys()
-    id_of = lambda token: tokenizer.convert_tokens_to_ids(token)
-    before = {"turn_start": "assistant", "after_open": fmt.open, "call_close": '"}}', "after_close": fmt.close, "answer_start": "assistant"}
-    for at, token in before.items():
-        logits = torch.nn.functional.one_hot(torch.tensor((id_of(token) * 7 + 1) % len(tokenizer)), len(tokenizer)) * 3.0
-        for control, value in measured[at].items():
-            assert value == pytest.approx(logits.softmax(-1)[id_of(control)].item(), abs=1e-6)
+    ids = tokenizer.convert_tokens_to_ids
+    before = {
+        "turn_start": {ids("assistant")},
+        "after_open": {ids(fmt.open)},
+        "call_close": {ids('"}}')},
+        "after_close": {ids(fmt.close)},
+        "answer_start": {ids("assistant")},
+    }
+    for at, row in measured.items():
+        if at != "answer_end":
+            expected = Parrot()(torch.tensor([[*before[at]]])).logits[0, 0].softmax(-1)
+        else:  # behind the answer, which differs from task to task
+            answers = [e.gold[-1].split()[-1] for e in toolrl.probe_episodes(world, "success", 64, 0)]
+            expected = Parrot()(torch.tensor([ids(answers)])).logits[0].softmax(-1).mean(0)
+        for control, value in row.items():
+            assert value == pytest.approx(expected[ids(control)].item(), abs=1e-6)
 
 
 def test_control_probabilities_on_a_sharp_policy(base, world, tokenizer):
@@ -530,7 +574,7 @@ def test_evaluations_use_held_out_tasks_only(world):
 
 
 def test_arms_differ_in_sft_and_nothing_else(quick, monkeypatch):
-    seen, updates, starts = {}, {}, {}
+    seen, updates, starts, knobs = {}, {}, {}, {}
     real_rollout, real_train = toolrl.rollout, toolrl.train_arm
     real = {name: getattr(toolrl, name) for name in ("sft_update", "grpo_update")}
     arm = [None]
@@ -550,19 +594,37 @@ def test_arms_differ_in_sft_and_nothing_else(quick, monkeypatch):
     for kind in real:
 
         def spy(*args, kind=kind):
+            if kind == "grpo_update":
+                knobs[arm[0]] = args[4].kl, args[4].lr / Settings().lr
             updates.setdefault(arm[0], []).append(kind[:-7] + ("+sft" if kind == "grpo_update" and args[-1] else ""))
             return real[kind](*args)
 
         monkeypatch.setattr(toolrl, kind, spy)
+    batches, real_gold = {}, toolrl.gold_batch
+    monkeypatch.setattr(
+        toolrl, "gold_batch", lambda *a: batches.setdefault(arm[0], []).append([*a[4]]) or real_gold(*a)
+    )
     code, events = quick("--arms", ",".join(toolrl.ARMS), "--steps", "3")
     assert code == 0
+    same = {name: (0.0, 1.0) for name in toolrl.ARMS if name != "sft"}
+    assert knobs == same | {"rl-kl": (0.1, 1.0), "rl-slow": (0.0, pytest.approx(0.1))}
+    scores = {name: toolrl.blind_score for name in toolrl.ARMS} | {"rl-closed": toolrl.closed_score}
+    assert {name: arm.score for name, arm in toolrl.ARMS.items()} == scores
+    for name, pools in batches.items():
+        assert all(toolrl.blind_score(episode) == 0 for failed in pools for episode in failed)
+        assert all(pools) or name == "sft-then-rl"  # there is always a failure to learn from, but before the first step
     assert {event["arm"] for event in events if event["event"] == "eval"} == {"base", *toolrl.ARMS}
     assert all(seen[name] == seen["rl"] for name in toolrl.ARMS)
     assert all(torch.equal(a, b) for start in starts.values() for a, b in zip(start, starts["rl"]))
     assert updates == {
-        "rl": ["grpo"] * 3, "rl-closed": ["grpo"] * 3, "rl-kl": ["grpo"] * 3, "rl-slow": ["grpo"] * 3,
-        "interleaved": ["grpo", "sft", "grpo", "sft", "grpo"], "sft": ["sft", "sft"],
-        "sft-then-rl": ["sft", "sft", "grpo", "grpo", "grpo"], "sync": ["grpo+sft"] * 3,
+        "rl": ["grpo"] * 3,
+        "rl-closed": ["grpo"] * 3,
+        "rl-kl": ["grpo"] * 3,
+        "rl-slow": ["grpo"] * 3,
+        "interleaved": ["grpo", "sft", "grpo", "sft", "grpo"],
+        "sft": ["sft", "sft"],
+        "sft-then-rl": ["sft", "sft", "grpo", "grpo", "grpo"],
+        "sync": ["grpo+sft"] * 3,
     }
 
 
@@ -606,9 +668,18 @@ def fake_event(arm, step, success, forced=0.95, format_b=0.6, end=0.05):
     due = toolrl.due_tokens(toolrl.Format("<tool_call>", "</tool_call>"))
     p = {at: {token: 0.9 if due[at] == token else 0.01 for token in ("<tool_call>", "</tool_call>", END)} for at in due}
     p["after_open"][END] = end
-    return {"arm": arm, "step": step, "success": success, "no_call_success": 0.0, "no_call_blind_score": 0.1,
-            "forced_success": forced, "format_b_success": format_b, "zero_variance_groups": None,
-            "states": dict.fromkeys(toolrl.STATES, 0.25), "p": p}
+    return {
+        "arm": arm,
+        "step": step,
+        "success": success,
+        "no_call_success": 0.0,
+        "no_call_blind_score": 0.1,
+        "forced_success": forced,
+        "format_b_success": format_b,
+        "zero_variance_groups": None,
+        "states": dict.fromkeys(toolrl.STATES, 0.25),
+        "p": p,
+    }
 
 
 def fake_history(**changes):
@@ -646,7 +717,11 @@ def test_every_claim_can_be_reproduced_and_every_claim_can_fail():
 
 
 def test_the_verdict_table_names_every_claim():
-    for history in (fake_history(), fake_history(rl=[fake_event("rl", 1, 0.6)]), {"base": [fake_event("base", 0, 0.6)]}):
+    for history in (
+        fake_history(),
+        fake_history(rl=[fake_event("rl", 1, 0.6)]),
+        {"base": [fake_event("base", 0, 0.6)]},
+    ):
         table = toolrl.verdict_table(toolrl.judge(history, toolrl.Format("<tool_call>", "</tool_call>")))
         assert all(text in table for text, _ in toolrl.CLAIMS.values())
     assert table.count("not measured") == 5
@@ -666,12 +741,25 @@ def test_a_short_run_reports_what_the_issue_of_the_day_is(quick, capsys):
     assert code == 0
     assert [event["event"] for event in events] == ["config"] + ["eval"] * 3 + ["verdict"] * 5 + ["done"]
     assert not any(event["reproduced"] for event in events if event["event"] == "verdict" and event["claim"] != "fix")
-    assert [(e["arm"], e["step"]) for e in events if e["event"] == "eval"] == [("base", 0), ("rl", 1), ("interleaved", 1)]
+    assert [(e["arm"], e["step"]) for e in events if e["event"] == "eval"] == [
+        ("base", 0),
+        ("rl", 1),
+        ("interleaved", 1),
+    ]
     for event in events:
         if event["event"] == "eval":
-            assert event["p"].keys() == {"turn_start", "after_open", "call_close", "after_close", "answer_start", "answer_end"}
+            assert event["p"].keys() == {
+                "turn_start",
+                "after_open",
+                "call_close",
+                "after_close",
+                "answer_start",
+                "answer_end",
+            }
             assert sum(event["states"].values()) == pytest.approx(1) and event["seed"] == 0
-            for key in "success no_call_success forced_success simple_success format_b_success content_ood_success".split():
+            for (
+                key
+            ) in "success no_call_success forced_success simple_success format_b_success content_ood_success".split():
                 assert 0 <= event[key] <= 1
     assert capsys.readouterr().out.count("not reproduced") >= 4
 
@@ -682,22 +770,25 @@ def test_one_seed_one_result(quick):
     assert quick("--seed", "4")[1][1:-1] != first[1:]
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["--steps", "-1"], "--steps -1"),
-    (["--steps", "many"], "--steps"),
-    (["--lr", "nan"], "--lr nan"),
-    (["--lr", "inf"], "--lr inf"),
-    (["--no-call-share", "1.5"], "from 0 to 1"),
-    (["--arms", "rl,magic"], "unknown arm 'magic'"),
-    (["--arms", ""], "unknown arm ''"),
-    (["--arms", "rl,rl"], "repeated arm 'rl'"),
-    (["--device", "tpu"], "--device tpu"),
-    (["--tasks", "nowhere.json"], "nowhere.json"),
-    (["--tasks", HERE], "directory"),
-    (["--out", os.path.join("no", "folder", "x.jsonl")], "folder that exists"),
-    (["--magic"], "--magic"),
-    (["--min-calls", "9"], "--min-calls 9"),
-])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--steps", "-1"], "--steps -1"),
+        (["--steps", "many"], "--steps"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--lr", "inf"], "--lr inf"),
+        (["--no-call-share", "1.5"], "from 0 to 1"),
+        (["--arms", "rl,magic"], "unknown arm 'magic'"),
+        (["--arms", ""], "unknown arm ''"),
+        (["--arms", "rl,rl"], "repeated arm 'rl'"),
+        (["--device", "tpu"], "--device tpu"),
+        (["--tasks", "nowhere.json"], "nowhere.json"),
+        (["--tasks", HERE], "directory"),
+        (["--out", os.path.join("no", "folder", "x.jsonl")], "folder that exists"),
+        (["--magic"], "--magic"),
+        (["--min-calls", "9"], "--min-calls 9"),
+    ],
+)
 def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, said):
     monkeypatch.chdir(HERE)
     assert toolrl.main(arguments) == 2
@@ -745,7 +836,9 @@ def test_every_setting_has_a_flag_and_a_help_text(capsys):
 def test_slow_the_full_story(tmp_path):
     """The command of the README, as a user runs it: base, collapse, fix, and the verdicts on them."""
     out = tmp_path / "run.jsonl"
-    done = subprocess.run([sys.executable, "toolrl.py", "--device", "cpu", "--out", str(out)], cwd=HERE, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "toolrl.py", "--device", "cpu", "--out", str(out)], cwd=HERE, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     events = [json.loads(line) for line in out.read_text().splitlines()]
     found = {event["claim"]: event["reproduced"] for event in events if event["event"] == "verdict"}
