@@ -711,6 +711,7 @@ def train_base(world, tokenizer, settings, device, progress):
     policy, rng, forced = new_policy(tokenizer, settings.seed, device), stream(settings.seed, "base"), 0.0
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(1, settings.base_steps + 1):
+        # A short warm-up, then down to a fiftieth: small steps at the end settle what large ones have found.
         set_lr(optimizer, settings.base_lr * min(1, step / 30) * max(0.02, 1 - step / 200))
         rows = []
         for _ in range(32):
