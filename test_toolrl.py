@@ -347,6 +347,27 @@ def test_the_loss_covers_sampled_end_tokens_and_no_context(played, tokenizer):
     assert responses.any() and not (responses & batch.sampled).any()
 
 
+def test_a_message_without_an_end_is_cut_off_unrewarded(world, tokenizer):
+    """An untrained policy rambles: no message is longer than MAX_TOKENS, and those that are as long end it all."""
+    untrained = toolrl.new_policy(tokenizer, 0, "cpu")
+    episodes = [episode_of(world, "rival of them ?", seed=i) for i in range(32)]
+    batch = toolrl.rollout(untrained, tokenizer, episodes, toolrl.stream(0))
+    written = batch.sampled.sum(1)
+    cut = [
+        (written[i] == toolrl.MAX_TOKENS) and END not in tokenizer.decode(batch.ids[i][batch.sampled[i]])
+        for i in range(32)
+    ]
+    assert any(cut) and written.max() == toolrl.MAX_TOKENS
+    for episode, was_cut in zip(episodes, cut):
+        if was_cut:
+            assert episode.done and episode.states == ["text_pollution"] and toolrl.blind_score(episode) == 0
+
+
+def test_each_episode_has_a_directory_of_its_own(world):
+    first, second, again = (episode_of(world, seed=seed).directory for seed in (0, 1, 0))
+    assert first == again != second and len(set(first.values())) > 6
+
+
 def test_rollout_is_a_function_of_its_seed(base, world, tokenizer):
     def once(seed):
         episodes = [episode_of(world, seed=i) for i in range(8)]
@@ -595,7 +616,7 @@ def test_arms_differ_in_sft_and_nothing_else(quick, monkeypatch):
 
         def spy(*args, kind=kind):
             if kind == "grpo_update":
-                knobs[arm[0]] = args[4].kl, args[4].lr / Settings().lr
+                knobs[arm[0]] = args[4].kl, args[1].param_groups[0]["lr"] / Settings().lr
             updates.setdefault(arm[0], []).append(kind[:-7] + ("+sft" if kind == "grpo_update" and args[-1] else ""))
             return real[kind](*args)
 
@@ -606,8 +627,9 @@ def test_arms_differ_in_sft_and_nothing_else(quick, monkeypatch):
     )
     code, events = quick("--arms", ",".join(toolrl.ARMS), "--steps", "3")
     assert code == 0
-    same = {name: (0.0, 1.0) for name in toolrl.ARMS if name != "sft"}
-    assert knobs == same | {"rl-kl": (0.1, 1.0), "rl-slow": (0.0, pytest.approx(0.1))}
+    third = pytest.approx(0.3)  # three of ten warm-up steps
+    same = {name: (0.0, third) for name in toolrl.ARMS if name != "sft"}
+    assert knobs == same | {"rl-kl": (0.1, third), "rl-slow": (0.0, pytest.approx(0.03))}
     scores = {name: toolrl.blind_score for name in toolrl.ARMS} | {"rl-closed": toolrl.closed_score}
     assert {name: arm.score for name, arm in toolrl.ARMS.items()} == scores
     for name, pools in batches.items():
