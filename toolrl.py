@@ -763,7 +763,8 @@ def train_arm(name, base, world, tokenizer, settings, record):
     Each step draws from streams of its own, so all arms meet the same tasks, directories and sampling seeds. An SFT
     phase comes before an RL step, never after the last: what is evaluated has been through RL since.
     """
-    arm, policy, failed, equal = ARMS[name], copy.deepcopy(base), [], []
+    arm, policy = ARMS[name], copy.deepcopy(base)
+    failed, equal = [], []  # episodes without reward since the last SFT; groups with equal rewards since the last record
     settings = replace(settings, lr=settings.lr * arm.lr, kl=settings.kl + arm.kl)
     rl_optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
     sft_optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.sft_lr, weight_decay=0.0)
@@ -788,7 +789,7 @@ def train_arm(name, base, world, tokenizer, settings, record):
         scores = [arm.score(episode) for episode in episodes]
         failed += [episode for episode, score in zip(episodes, scores) if not score]
         rewards = torch.tensor(scores, device=policy.device).view(settings.groups, settings.group_size)
-        equal += (rewards == rewards[:, :1]).all(1).tolist()
+        equal += (rewards == rewards[:, :1]).all(1).tolist()  # groups that RL learns nothing from
         if arm.rl:
             extra_loss = partial(sft_loss, policy, *gold(draws["gold"])) if arm.sft == "within" else None
             advantage = advantages(rewards).flatten()  # [N]
@@ -881,6 +882,7 @@ def judge(history, fmt):
 
 
 def verdict_table(found):
+    """What judge found, one line for each claim."""
     lines = ["", f"{'claim':25} {'verdict':16} measured"]
     for claim, (text, reading) in CLAIMS.items():
         reproduced, figures = found.get(claim, (None, None))
