@@ -764,7 +764,7 @@ def train_arm(name, base, world, tokenizer, settings, record):
     phase comes before an RL step, never after the last: what is evaluated has been through RL since.
     """
     arm, policy = ARMS[name], copy.deepcopy(base)
-    failed, equal = [], []  # episodes without reward since the last SFT; groups with equal rewards since the last record
+    failed, equal = [], []  # episodes without reward since the last SFT, equal groups since the last evaluation
     settings = replace(settings, lr=settings.lr * arm.lr, kl=settings.kl + arm.kl)
     rl_optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
     sft_optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.sft_lr, weight_decay=0.0)
