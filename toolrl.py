@@ -40,6 +40,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
+from itertools import takewhile
 from statistics import fmean
 
 import torch
@@ -216,10 +217,11 @@ def build_tokenizer(world):
     """
     tags = [tag for fmt in world.formats.values() for tag in (fmt.open, fmt.close)]
     control = ["<|im_start|>", END, *tags, "<tool_response>", "</tool_response>"]
-    json_pieces = ['{"name": "', *{key: f'", "arguments": {{"{key}": "' for key in world.keys.values()}.values(), '"}}']
+    arguments = dict.fromkeys(world.keys.values())  # a dict drops repeats and keeps the order
+    json_pieces = ['{"name": "', *(f'", "arguments": {{"{key}": "' for key in arguments), '"}}']
     phrases = [word for phrase in world.wording.values() for word in phrase.split() if word not in BLANKS]
     words = ["system", "user", "assistant", "tool", UNKNOWN, *phrases, *world.people, *world.keys]
-    vocabulary = dict.fromkeys([PAD, *control, *json_pieces, *words])  # a dict drops repeats and keeps the order
+    vocabulary = dict.fromkeys([PAD, *control, *json_pieces, *words])
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     # Decoding puts a space before each word, then takes it away at the start, and behind quotes and tags.
@@ -728,10 +730,17 @@ def train_base(world, tokenizer, settings, device, progress):
                    "try --base-steps, --base-lr or --seed")
 
 
+def multi_step_tasks(world, settings):
+    """The tool tasks that RL trains on. Raises UserError if there are none."""
+    tasks = [task for task in world.splits["train"] if len(task.tools) >= settings.min_calls]
+    if not tasks:
+        raise UserError(f"--min-calls {settings.min_calls}: no task of splits.train takes so many calls")
+    return tasks
+
+
 def rl_episodes(world, settings, rng):
     """The tasks of one RL step: each one group_size times, with the same directory, next to one another."""
-    multi_step = [task for task in world.splits["train"] if len(task.tools) >= settings.min_calls]
-    episodes = []
+    multi_step, episodes = multi_step_tasks(world, settings), []
     for _ in range(settings.groups):
         tasks = world.splits["no_call.train"] if rng.random() < settings.no_call_share else multi_step
         episode = new_episode(world, rng.choice(tasks), rng)
@@ -870,11 +879,7 @@ def judge(history, fmt):
         final, lowest = fixed[-1]["success"], min(event["success"] for event in fixed)
         found["fix"] = final >= 0.9 and lowest > 0.05, dict(start=start, final=final, lowest=lowest)
     if rl and fixed:
-        steady = [base]  # and what rl measured until success first fell below 0.8 of its start
-        for event in rl:
-            if event["success"] < 0.8 * start:
-                break
-            steady.append(event)
+        steady = [base, *takewhile(lambda event: event["success"] >= 0.8 * start, rl)]  # before the fall
         old, before, final = (event["format_b_success"] for event in (base, steady[-1], fixed[-1]))
         figures = dict(start=old, before=before, before_step=steady[-1]["step"], final=final)
         found["tradeoff"] = final <= 0.67 * old and final < before, figures
@@ -944,8 +949,7 @@ def run(settings):
     begun, arms, history = time.time(), settings.arms.split(","), {}
     device, world = pick_device(settings.device), load_world(settings.tasks)
     tokenizer, fmt = build_tokenizer(world), world.formats["A"]
-    if not any(len(task.tools) >= settings.min_calls for task in world.splits["train"]):
-        raise UserError(f"--min-calls {settings.min_calls}: no task of splits.train takes so many calls")
+    multi_step_tasks(world, settings)  # better to learn now than after the base that there are none
     versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__)
     expected = 12 + len(arms) * (0.3 * settings.steps + 0.8 * settings.steps / settings.eval_every)  # as measured
     with open_out(settings.out) as out:
