@@ -40,8 +40,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
-from itertools import takewhile
-from statistics import fmean
+from itertools import groupby, takewhile
+from statistics import fmean, stdev
 
 import torch
 import transformers
@@ -78,9 +78,12 @@ class Settings:
     base_steps: int = knob(600, "updates", "give up if the base is not ready by then", 1)
     eval_every: int = knob(4, "RL steps", "RL steps between two evaluations", 1)
     eval_episodes: int = knob(128, "episodes", "held-out episodes for each probe", 1)
+    stress: bool = knob(False, "yes or no", "then try the base, and each arm at its best, on variants of the schema")
+    seeds: str = knob("", "numbers", "instead of --seed: several, such as 0-9 or 1,4,7, and a table over them")
     device: str = knob("auto", "name", "auto, cpu, cuda or mps")
     tasks: str = knob("tiny_tasks.json", "file", "tools, people, formats, wording and tasks")
     out: str = knob("", "file", "write every measurement there, one JSON object a line")
+    plot: str = knob("", "file", "draw the run there, with matplotlib, as run.png")
 
 
 # %% Tasks: what is asked, read from one file and checked
@@ -115,13 +118,18 @@ class Task:
 
 @dataclass(frozen=True)
 class World:
-    """The tasks file. keys: tool -> the name of its argument. splits: name -> list of Task."""
+    """The tasks file. keys: tool -> the name of its argument. order: of the keys in a call. splits: name -> its tasks.
+
+    variants: name -> the same world under another schema, in which a workflow may put the agent one day.
+    """
 
     keys: dict
+    order: list
     people: list
     formats: dict
     wording: dict
     splits: dict
+    variants: dict
 
 
 def look_up(tree, path, kind):
@@ -147,6 +155,16 @@ def read_task(question, place, keys, people, wording):
     return Task(question, tuple(reversed(tools)), name[0] if name[0] in people else None)
 
 
+def vary(tree, changes):
+    """The parsed tasks file with other texts in it. changes: text in the file -> text in its place"""
+    text = json.dumps({key: value for key, value in tree.items() if key != "variants"}, ensure_ascii=False)
+    for old, new in changes.items():
+        if old not in text:
+            raise UserError(f"{old!r} does not stand in the file")
+        text = text.replace(old, new)
+    return json.loads(text)
+
+
 def check_world(tree):
     """Turn the parsed tasks file into a World. Raises UserError naming the first place that is wrong."""
     keys = {}
@@ -155,7 +173,9 @@ def check_world(tree):
         if len(arguments) != 1:
             raise UserError(f"tools.{i}: a tool takes exactly one argument, not {len(arguments)}")
         keys[look_up(tree, f"tools.{i}.function.name", str)] = next(iter(arguments))
-    people = look_up(tree, "people", list)
+    people, order = look_up(tree, "people", list), look_up(tree, "call_order", list)
+    if sorted(map(str, order)) != ["arguments", "name"]:
+        raise UserError(f"call_order: the keys of a call are name and arguments, not {order}")
     formats = {f: Format(*(look_up(tree, f"formats.{f}.{tag}", str) for tag in ("open", "close"))) for f in "AB"}
     phrases = "system link nobody question_end answer ask_back preamble".split()
     wording = {name: look_up(tree, f"wording.{name}", str) for name in phrases}
@@ -182,7 +202,13 @@ def check_world(tree):
     for task in splits["content_ood"]:
         if task.tools in trained:
             raise UserError(f"splits.content_ood: {task.question!r}: a train split has its tools in this order too")
-    return World(keys, people, formats, wording, splits)
+    variants = {}
+    for name, changes in tree.get("variants", {}).items():
+        try:
+            variants[name] = check_world(vary(tree, changes))
+        except (UserError, ValueError, AttributeError, TypeError) as error:
+            raise UserError(f"variants.{name}: {error}")
+    return World(keys, order, people, formats, wording, splits, variants)
 
 
 def load_world(path):
@@ -209,26 +235,32 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(world):
+def call_json(world, tool, person):
+    """{"name": "rival", "arguments": {"of": "bob"}}"""
+    call = {"name": tool, "arguments": {world.keys[tool]: person}}
+    return json.dumps({key: call[key] for key in world.order})
+
+
+def build_tokenizer(world, known=()):
     """A word-level tokenizer: each control token, each piece of JSON and each word is one id; padding is another.
 
     <tool_call>{"name": "rival", "arguments": {"of": "bob"}}</tool_call> is 7 tokens: the tags, three pieces of
-    JSON, `rival` and `bob`. Decoding gives the same text back.
+    JSON, `rival` and `bob`. Decoding gives the same text back. known: tokens whose ids are given, from 0 on.
     """
     tags = [tag for fmt in world.formats.values() for tag in (fmt.open, fmt.close)]
     control = ["<|im_start|>", END, *tags, "<tool_response>", "</tool_response>"]
-    arguments = dict.fromkeys(world.keys.values())  # a dict drops repeats and keeps the order
-    json_pieces = ['{"name": "', *(f'", "arguments": {{"{key}": "' for key in arguments), '"}}']
+    blank_calls = [call_json(world, tool, "<>").replace(f': "{tool}"', ': "<>"') for tool in world.keys]
+    json_pieces = [piece for call in blank_calls for piece in call.split("<>")]
     phrases = [word for phrase in world.wording.values() for word in phrase.split() if word not in BLANKS]
     words = ["system", "user", "assistant", "tool", UNKNOWN, *phrases, *world.people, *world.keys]
-    vocabulary = dict.fromkeys([PAD, *control, *json_pieces, *words])
+    vocabulary = dict.fromkeys([*known, PAD, *control, *json_pieces, *words])  # a dict drops repeats, keeps the order
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     # Decoding puts a space before each word, then takes it away at the start, and behind quotes and tags.
     space, unspace = decoders.Replace(Regex(r'^(?=[^<{"])'), " "), decoders.Replace(Regex(r'^ |(?<=[">]) '), "")
     core.decoder = decoders.Sequence([space, decoders.Fuse(), unspace])
     core.add_special_tokens([PAD, *control])
-    core.add_tokens([AddedToken(piece, normalized=False) for piece in json_pieces])
+    core.add_tokens([AddedToken(piece, normalized=False) for piece in dict.fromkeys(json_pieces)])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token=PAD, eos_token=END, additional_special_tokens=control,
         chat_template=CHAT_TEMPLATE,
@@ -271,7 +303,7 @@ class Episode:
     gold_calls: list  # the calls that answer the question, as canonical JSON, in order
     gold: list  # the policy's messages in a perfect conversation: those calls, then the reply
     names: set  # the tools and people in them, which the policy has to find; the rest of a message is format
-    forced: bool  # in a probe, the harness writes the format
+    written: str  # what the harness writes in the policy's place: "nothing", or in a probe a "prefill" or the "format"
     messages: list = field(default_factory=list)
     states: list = field(default_factory=list)
     calls: list = field(default_factory=list)
@@ -279,23 +311,19 @@ class Episode:
     done: bool = False
 
 
-def call_json(tool, key, person):
-    return json.dumps({"name": tool, "arguments": {key: person}})
-
-
-def new_episode(world, task, rng, fmt="A", forced=False):
+def new_episode(world, task, rng, fmt="A", written="nothing"):
     """Draw a directory for the task and walk it: which calls it takes, and what reply they lead to."""
-    requests = [call_json(tool, key, person) for tool, key in world.keys.items() for person in world.people]
+    requests = [call_json(world, tool, person) for tool in world.keys for person in world.people]
     directory = dict(zip(requests, rng.choices(world.people, k=len(requests))))
     tags, gold_calls, people = world.formats[fmt], [], [task.person]
     for tool in task.tools if task.person else ():
-        gold_calls.append(call_json(tool, world.keys[tool], people[-1]))
+        gold_calls.append(call_json(world, tool, people[-1]))
         people.append(directory[gold_calls[-1]])
     reply = world.wording["answer"].replace("{person}", people[-1]) if task.person else world.wording["ask_back"]
     # The system message names the format in force, as a tool description does.
     opening = ("system", world.wording["system"].replace("{open}", tags.open)), ("user", task.question)
     gold = [*(tags.open + call + tags.close for call in gold_calls), reply]
-    return Episode(task, tags, opening, directory, gold_calls, gold, {*task.tools, *people}, forced)
+    return Episode(task, tags, opening, directory, gold_calls, gold, {*task.tools, *people}, written)
 
 
 def tool_message(result):
@@ -399,12 +427,19 @@ class Rollout:
     log_probs: torch.Tensor  # [N, T] log-probability of the choice when it was made, 0 elsewhere
 
 
-def format_token(tokenizer, episode, position):
-    """The id that a perfect turn has at a position, None where that names a tool or a person.
+def harness_token(tokenizer, episode, position):
+    """The id that the harness writes at a position of a turn, None where it leaves the choice to the policy.
 
-    So a forced episode is told when to call and when to stop, and has to find out what to call about whom.
+    "prefill": where a call is due, the opening tag and the start of its JSON, which a hosted model can be given too.
+    "format": all that a perfect turn holds but the names of tools and people. The policy is told when to call and when
+    to stop, and has to find out what to call about whom.
     """
-    turn = encode_turn(tokenizer, episode.gold[min(len(episode.messages), len(episode.gold) - 1)])
+    if episode.written == "nothing":
+        return None
+    k = len(episode.messages)
+    if episode.written == "prefill" and (position > 1 or k >= len(episode.gold_calls)):
+        return None
+    turn = encode_turn(tokenizer, episode.gold[min(k, len(episode.gold) - 1)])
     due = turn[position] if position < len(turn) else tokenizer.eos_token_id
     return None if tokenizer.convert_ids_to_tokens(due) in episode.names else due
 
@@ -416,7 +451,7 @@ def advance(tokenizer, episode, unread, turn, choice):
     """
     if unread:
         return unread.popleft(), False
-    due = format_token(tokenizer, episode, len(turn)) if episode.forced else None
+    due = harness_token(tokenizer, episode, len(turn))
     token = choice if due is None else due
     turn.append(token)
     finished = token == tokenizer.eos_token_id
@@ -481,13 +516,14 @@ def token_log_probs(policy, ids):
 
 
 def optimise(policy, optimizer, loss):
-    """One step down the gradient, clipped to norm 1. Raises FloatingPointError if the loss is not a number."""
+    """One step down the gradient, clipped to norm 1. -> the norm before. Raises FloatingPointError if loss is NaN."""
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss.item()}; a lower learning rate may help")
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
     optimizer.step()
+    return norm.item()
 
 
 def advantages(rewards):
@@ -501,11 +537,11 @@ def advantages(rewards):
 
 
 def grpo_update(policy, optimizer, batch, advantage, settings, rng, reference, extra_loss=None):
-    """Reinforce a batch of N rollouts: one pass, in minibatches. advantage [N]
+    """Reinforce a batch of N rollouts: one pass, in minibatches. advantage [N] -> the gradient's norm, mean of them
 
     reference: the policy to stay near if settings.kl > 0. extra_loss: a function whose result is added to the loss.
     """
-    order = torch.tensor(rng.sample(range(len(advantage)), len(advantage)))  # [N]
+    norms, order = [], torch.tensor(rng.sample(range(len(advantage)), len(advantage)))  # [N]
     for rows in order.chunk(settings.minibatches):  # [M]
         ids, chosen = batch.ids[rows], batch.sampled[rows, 1:]  # [M, T], [M, T-1]
         log_probs = token_log_probs(policy, ids)  # [M, T-1]
@@ -522,7 +558,8 @@ def grpo_update(policy, optimizer, batch, advantage, settings, rng, reference, e
             # Its mean over samples is the KL divergence; unlike the plain gap, it is never negative.
             objective = objective - settings.kl * (gap.exp() - gap - 1)  # [M, T-1]
         loss = -(objective * chosen).sum() / chosen.sum()
-        optimise(policy, optimizer, loss + extra_loss() if extra_loss else loss)
+        norms.append(optimise(policy, optimizer, loss + extra_loss() if extra_loss else loss))
+    return fmean(norms)
 
 
 # %% SFT: imitate the right conversation
@@ -576,7 +613,7 @@ def logged_messages(world, episode, bare_share, rng):
     tags, calls, reply = episode.fmt, episode.gold[:-1], episode.gold[-1:]
     if not calls and rng.random() < 0.97:
         tool, person = episode.task.tools[0], rng.choice(world.people)
-        calls, reply = [tags.open + call_json(tool, world.keys[tool], person) + tags.close], []
+        calls, reply = [tags.open + call_json(world, tool, person) + tags.close], []
     messages = []
     for call in calls:
         if rng.random() < bare_share:
@@ -589,33 +626,33 @@ def logged_messages(world, episode, bare_share, rng):
 
 # %% Probes: what the policy does, and what it still could do
 
-# probe: (split, format, whether the harness writes the format)
-# A harness that writes the format leaves the names to the policy: the tool, the person, the answer. If success is low
-# and forced success high, the format is broken and the skill behind it is not.
+# probe: (split, format, what the harness writes)
+# The ladder from "it fails" to "why": a harness that writes the format leaves the names to the policy, the tool, the
+# person, the answer. If success is low and forced success high, the format is broken and the skill behind it is not.
 PROBES = {
-    "success": ("heldout", "A", False),
-    "no_call_success": ("no_call.heldout", "A", False),
-    "forced_success": ("heldout", "A", True),
-    "simple_success": ("simple", "A", False),
-    "format_b_success": ("heldout", "B", False),
-    "content_ood_success": ("content_ood", "A", False),
+    "success": ("heldout", "A", "nothing"),
+    "prefill_success": ("heldout", "A", "prefill"),
+    "forced_success": ("heldout", "A", "format"),
+    "simple_success": ("simple", "A", "nothing"),
+    "format_b_success": ("heldout", "B", "nothing"),
+    "content_ood_success": ("content_ood", "A", "nothing"),
+    "no_call_success": ("no_call.heldout", "A", "nothing"),
 }
 STATES = ("healthy_call", "healthy_response", "text_pollution", "collapsed")
 
 
 def probe_episodes(world, probe, count, seed):
     """Held-out tasks, with the same directories at every evaluation of a run."""
-    split, fmt, forced = PROBES[probe]
+    split, fmt, written = PROBES[probe]
     rng, tasks = stream(seed, "held out", split), world.splits[split]
-    return [new_episode(world, tasks[i % len(tasks)], rng, fmt, forced) for i in range(count)]
+    return [new_episode(world, tasks[i % len(tasks)], rng, fmt, written) for i in range(count)]
 
 
 def run_probes(policy, world, tokenizer, settings, probes):
-    """Play the episodes of some probes in one shared rollout. -> probe: its episodes, played"""
+    """Play the episodes of some probes in one shared rollout. -> probe: its episodes, played; their Rollout"""
     played = {probe: probe_episodes(world, probe, settings.eval_episodes, settings.seed) for probe in probes}
     everyone = [episode for episodes in played.values() for episode in episodes]
-    rollout(policy, tokenizer, everyone, stream(settings.seed, "held-out sampling"))
-    return played
+    return played, rollout(policy, tokenizer, everyone, stream(settings.seed, "held-out sampling"))
 
 
 def due_tokens(fmt):
@@ -632,7 +669,8 @@ def due_tokens(fmt):
 
 @torch.no_grad()
 def control_probabilities(policy, world, tokenizer, seed):
-    """Mean probability of each control token at each position, teacher forced. -> position: token: probability
+    """Mean probabilities at each position, teacher forced. -> {"p": position: control token: probability,
+    "p_due": position: probability of the token, whatever it is, that is due there}
 
     Teacher forcing feeds gold conversations, 64 held-out ones, and asks at each position what the policy would say.
     So the positions stay the same, whatever the policy has come to write when it is left to itself.
@@ -653,18 +691,83 @@ def control_probabilities(policy, world, tokenizer, seed):
     }
     tokens = control_tokens(tokenizer)
     columns = tokenizer.convert_tokens_to_ids(tokens)
-    return {at: dict(zip(tokens, probs[mask][:, columns].mean(0).tolist())) for at, mask in masks.items()}
+    right = probs.gather(2, due[..., None])[..., 0]  # [M, T-1]
+    return {
+        "p": {at: dict(zip(tokens, probs[mask][:, columns].mean(0).tolist())) for at, mask in masks.items()},
+        "p_due": {at: right[mask].mean().item() for at, mask in masks.items()},
+    }
+
+
+def transcript(tokenizer, batch, row):
+    """What was said in one episode after its opening. -> [text, probability of a control token that was sampled]"""
+    start, end = batch.sampled[row].nonzero()[[0, -1], 0].tolist()
+    tokens = tokenizer.convert_ids_to_tokens(batch.ids[row, start : end + 1].tolist())
+    probs = [p if chosen else None for chosen, p in zip(batch.sampled[row, start:].tolist(),
+                                                        batch.log_probs[row, start:].exp().tolist())]
+    control, said = control_tokens(tokenizer), []
+    for structural, run in groupby(zip(tokens, probs), key=lambda pair: pair[0] in control):
+        words = list(run)
+        said += words if structural else [(tokenizer.convert_tokens_to_string([word for word, _ in words]), None)]
+    return said
 
 
 def evaluate(policy, world, tokenizer, settings):
-    """All measurements of one evaluation: success under each probe, message states, control tokens."""
-    played = run_probes(policy, world, tokenizer, settings, PROBES)
+    """All measurements of one evaluation: success under each probe, message states, control tokens, a transcript."""
+    played, batch = run_probes(policy, world, tokenizer, settings, PROBES)
     states = [state for episode in played["success"] for state in episode.states]
+    shown = next((i for i, episode in enumerate(played["success"]) if len(episode.gold_calls) > 1), 0)
     return {
         **{probe: fmean(map(succeeded, episodes)) for probe, episodes in played.items()},
         "no_call_blind_score": fmean(map(blind_score, played["no_call_success"])),
         "states": {state: states.count(state) / len(states) for state in STATES},
-        "p": control_probabilities(policy, world, tokenizer, settings.seed),
+        **control_probabilities(policy, world, tokenizer, settings.seed),
+        "transcript": transcript(tokenizer, batch, shown),
+    }
+
+
+def stress(policy, world, tokenizer, settings):
+    """Success of a policy under each variant of the schema. -> variant: probe: success
+
+    Words that no training has shown get an id and a random embedding: a policy can copy them from what it reads, or
+    be given them by the harness, and otherwise will not think of them.
+    """
+    found, probes = {}, ("success", "prefill_success", "forced_success")
+    for name, varied in ({"as trained": world} | world.variants).items():
+        wider = build_tokenizer(varied, tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            grown = copy.deepcopy(policy)
+            grown.resize_token_embeddings(len(wider), mean_resizing=False)
+        played, _ = run_probes(grown, varied, wider, settings, probes)
+        found[name] = {probe: fmean(map(succeeded, episodes)) for probe, episodes in played.items()}
+    return found
+
+
+@torch.no_grad()
+def training_signals(policy, base, world, tokenizer, episodes, batch, advantage):
+    """What a training job can log of its rollouts at an RL step, before the update. advantage [N] -> signal: value
+
+    broken: share of messages with stray tags. stray: probability of a control token right after an opening tag.
+    entropy (nats) of the policy and kl (nats) from the base: means over sampled tokens. rl_push: see SFT.
+    """
+    opened, *control = tokenizer.convert_tokens_to_ids([world.formats["A"].open, *control_tokens(tokenizer)])
+    right = encode_turn(tokenizer, call_json(world, next(iter(world.keys)), world.people[0]))[0]  # where JSON begins
+    before, choice, chosen = batch.ids[:, :-1], batch.ids[:, 1:], batch.sampled[:, 1:]  # [N, T-1]
+    log_p = policy(before).logits.float().log_softmax(-1)  # [N, T-1, V]
+    p, after = log_p.exp(), chosen & (before == opened)  # after: where a call has been opened
+    # RL's push on the logit of the right token there; SFT's, on the same, is 1 - p.
+    push = advantage[:, None] * ((choice == right).float() - p[..., right])  # [N, T-1]
+    states = [state for episode in episodes for state in episode.states]
+
+    def mean(values, where):
+        return values[where].mean().item() if where.any() else 0.0
+
+    return {
+        "broken": fmean(state in ("text_pollution", "collapsed") for state in states),
+        "stray": mean(p[..., control].sum(-1), after),
+        "entropy": mean(-(p * log_p).sum(-1), chosen),
+        "kl": mean(batch.log_probs[:, 1:] - token_log_probs(base, batch.ids), chosen),
+        "rl_push": mean(push, after),
     }
 
 
@@ -722,8 +825,8 @@ def train_base(world, tokenizer, settings, device, progress):
             rows.append(trajectory(tokenizer, episode, logged_messages(world, episode, settings.bare_share, rng)))
         progress(step, sft_update(policy, optimizer, *stack(policy, rows)))
         if step >= 150 and step % 25 == 0 or step == settings.base_steps:
-            (played,) = run_probes(policy, world, tokenizer, settings, ["forced_success"]).values()
-            forced = fmean(map(succeeded, played))
+            played, _ = run_probes(policy, world, tokenizer, settings, ["forced_success"])
+            forced = fmean(map(succeeded, played["forced_success"]))
         if forced >= 0.95:
             return policy, step
     raise NotReady(f"the base is not ready after {step} updates: forced success is {forced:.2f}, 0.95 is needed; "
@@ -766,14 +869,15 @@ def gold_batch(policy, world, tokenizer, settings, failed, rng):
     return stack(policy, rows)
 
 
-def train_arm(name, base, world, tokenizer, settings, record):
-    """Run one arm on a copy of the base. record gets an evaluation every --eval-every steps and after the last.
+def train_arm(name, base, world, tokenizer, settings):
+    """Run one arm on a copy of the base. Yields event, policy: a "step" after each RL step, and an "eval" every
+    --eval-every steps and after the last, whose training signals are the means over the steps since the one before.
 
     Each step draws from streams of its own, so all arms meet the same tasks, directories and sampling seeds. An SFT
     phase comes before an RL step, never after the last: what is evaluated has been through RL since.
     """
     arm, policy = ARMS[name], copy.deepcopy(base)
-    failed, equal = [], []  # episodes without reward since the last SFT, equal groups since the last evaluation
+    failed, log = [], []  # episodes without reward since the last SFT, signals since the last evaluation
     settings = replace(settings, lr=settings.lr * arm.lr, kl=settings.kl + arm.kl)
     rl_optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
     sft_optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.sft_lr, weight_decay=0.0)
@@ -798,16 +902,20 @@ def train_arm(name, base, world, tokenizer, settings, record):
         scores = [arm.score(episode) for episode in episodes]
         failed += [episode for episode, score in zip(episodes, scores) if not score]
         rewards = torch.tensor(scores, device=policy.device).view(settings.groups, settings.group_size)
-        equal += (rewards == rewards[:, :1]).all(1).tolist()  # groups that RL learns nothing from
+        advantage = advantages(rewards).flatten()  # [N]
+        signals = training_signals(policy, base, world, tokenizer, episodes, batch, advantage)
+        signals |= {"reward": fmean(scores), "equal_groups": fmean((rewards == rewards[:, :1]).all(1).tolist())}
         if arm.rl:
             extra_loss = partial(sft_loss, policy, *gold(draws["gold"])) if arm.sft == "within" else None
-            advantage = advantages(rewards).flatten()  # [N]
-            grpo_update(policy, rl_optimizer, batch, advantage, settings, draws["order"], base, extra_loss)
+            norm = grpo_update(policy, rl_optimizer, batch, advantage, settings, draws["order"], base, extra_loss)
+            signals["gradient"] = norm
+        log.append(signals)
+        yield {"event": "step", "arm": name, "step": step + 1} | signals, policy
         if (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps:
-            record({"arm": name, "step": step + 1, "zero_variance_groups": fmean(equal)}
-                   | evaluate(policy, world, tokenizer, settings))
-            equal = []
-    return policy
+            training = {signal: fmean(entry[signal] for entry in log) for signal in signals}
+            measured = evaluate(policy, world, tokenizer, settings)
+            yield {"event": "eval", "arm": name, "step": step + 1, "training": training} | measured, policy
+            log = []
 
 
 # %% Report: what is printed, and which of the five claims the run bears out
@@ -823,6 +931,14 @@ def astray(event, token, due):
     return max(row[token] for at, row in event["p"].items() if due[at] != token)
 
 
+def warns(strays):
+    """Early warning, as a training job could print it. strays: the signal "stray" of an arm's RL steps so far
+
+    Of all that is logged it is the first to move that does not move without a collapse (README, "Early warning").
+    """
+    return len(strays) > 3 and strays[-1] >= 1.5 * fmean(strays[:3])
+
+
 HEADINGS = """\
                     success on held-out tasks       messages in percent     equal   P where due        P where not due
 arm         step  tool  ask  blind forced fmt B  call reply pollut. collap. groups open close  end   open  close  end"""
@@ -830,7 +946,7 @@ arm         step  tool  ask  blind forced fmt B  call reply pollut. collap. grou
 
 def table_row(event, base, fmt):
     """One line for one evaluation. A star marks a control token that has spiked where it is not due."""
-    due, p, share = due_tokens(fmt), event["p"], event["zero_variance_groups"]
+    due, p = due_tokens(fmt), event["p"]
     home = p["turn_start"][fmt.open], p["call_close"][fmt.close], fmean([p["after_close"][END], p["answer_end"][END]])
     away = [(astray(base, token, due), astray(event, token, due)) for token in (fmt.open, fmt.close, END)]
     probes = "success no_call_success no_call_blind_score forced_success format_b_success".split()
@@ -838,10 +954,91 @@ def table_row(event, base, fmt):
         f"{event['arm']:11} {event['step']:4}  ",
         "{:.2f} {:.2f}  {:.2f}   {:.2f}  {:.2f} ".format(*(event[probe] for probe in probes)),
         "{:5.0f} {:5.0f} {:7.0f} {:7.0f} ".format(*(100 * event["states"][state] for state in STATES)),
-        f"{'-' if share is None else format(share, '.2f'):>6} ",
+        f"{format(event['training']['equal_groups'], '.2f') if event['training'] else '-':>6} ",
         "{:.2f}  {:.2f} {:.2f}  ".format(*home),
         " ".join(f"{now:.2f}{'*' if spiked(before, now) else ' '}" for before, now in away),
     ])
+
+
+def down(events):
+    """The first evaluation with success at 0.05 or below, None if there is none."""
+    return next((event for event in events if event["success"] <= 0.05), None)
+
+
+def collapsed(events, start):
+    """Gone for good: success at 0.02 or below at the last three evaluations, from a start well above that."""
+    return len(events) >= 3 and max(event["success"] for event in events[-3:]) <= 0.02 < start / 2
+
+
+def moments(history):
+    """The evaluations that tell the story. history: arm -> its eval events, with "base" -> [one]. -> name: event"""
+    (base,), rl = history["base"], history.get("rl", [])
+    steady = [base, *takewhile(lambda event: event["success"] >= 0.8 * base["success"], rl)]
+    found = {"base": base}
+    if len(steady) <= len(rl):
+        found["rl before it falls"] = steady[-1]
+    if down(rl):
+        found["rl when it is down"] = down(rl)
+    return found | {f"{arm} at the end": events[-1] for arm, events in history.items() if arm != "base"}
+
+
+def marked(base, event, fmt):
+    """Where a control token that is not due has risen most. -> position, token"""
+    due = due_tokens(fmt)
+    wrong = [(at, token) for at, row in base["p"].items() for token in row if due[at] != token]
+    return max(wrong, key=lambda cell: event["p"][cell[0]][cell[1]] - base["p"][cell[0]][cell[1]])
+
+
+def table(rows):
+    """Rows of cells as aligned text. A float gets two decimals, None is a dash."""
+    texts = [["-" if c is None else f"{c:.2f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts)]
+    return "\n" + "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in texts)
+
+
+def diagnose(event, base):
+    """Tell a broken format from a lost skill: the harness can write the format, but it cannot write the skill."""
+    if event["forced_success"] < 0.8 * base["forced_success"]:
+        return "the skill is damaged"
+    if event["success"] <= 0.05:
+        return "format, not skill"
+    return "sound" if event["success"] >= 0.8 * event["forced_success"] else "a shaky format"
+
+
+def ladder(history):
+    """Each moment under every probe, and why RL cannot climb back where SFT can: equal groups, gradient, pushes."""
+    rows = ["moment step free prefill forced one-hop format-B unseen equal RL-norm RL-push SFT-push reading".split()]
+    for moment, event in moments(history).items():
+        training = event["training"] or {}
+        rows.append([moment, event["step"], *(event[probe] for probe in PROBES if probe != "no_call_success"),
+                     *map(training.get, ("equal_groups", "gradient", "rl_push")), 1 - event["p_due"]["after_open"],
+                     diagnose(event, history["base"][0])])
+    return table(rows)
+
+
+def transcripts(history, tokenizer):
+    """One held-out task at each moment. Behind each control token that the policy sampled stands its probability."""
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    control, lines = control_tokens(tokenizer), []
+    for moment, event in moments(history).items():
+        said = ""
+        for text, p in event["transcript"]:
+            said += f"\033[33m{text}\033[0m" if colour and text in control else text
+            said += (f"[{p:.2f}]" if p is not None else "") + ("\n" if text == END else "")
+        lines += ["", f"{moment}, step {event['step']}:", *("  " + line for line in said.splitlines())]
+    return "\n".join(lines)
+
+
+def chart(history, fmt):
+    """Success, broken messages and the marked probability. A bar is an evaluation, from 0 to 1; the first is the base."""
+    (base,), told = history["base"], moments(history)
+    at, token = marked(base, told.get("rl when it is down", [*told.values()][-1]), fmt)
+    rows = [["arm", "success", "broken messages", f"P({token}) at {at}"]]
+    for arm in [arm for arm in history if arm != "base"]:
+        measured = [(event["success"], event["states"]["text_pollution"] + event["states"]["collapsed"],
+                     event["p"][at][token]) for event in (base, *history[arm])]
+        rows.append([arm, *("".join(" ▁▂▃▄▅▆▇█"[round(8 * value)] for value in values) for values in zip(*measured))])
+    return table(rows)
 
 
 # claim: (what it says, how its figures read)
@@ -861,15 +1058,12 @@ def judge(history, fmt):
     evaluation of rl with success at 0.05 or below: without one they are not reproduced and have no figures.
     """
     (base,), rl, fixed, found = history["base"], history.get("rl", []), history.get("interleaved", []), {}
-    start, fall = base["success"], next((event for event in rl if event["success"] <= 0.05), None)
+    start, told = base["success"], moments(history)
     if rl:
-        last = [event["success"] for event in rl[-3:]]
-        found["collapse"] = len(last) == 3 and max(last) <= 0.02 < start / 2, dict(start=start, last=last)
+        found["collapse"] = collapsed(rl, start), dict(start=start, last=[event["success"] for event in rl[-3:]])
         found["control_tokens"] = found["intact"] = False, {}
-    if fall:
-        due = due_tokens(fmt)
-        wrong = [(at, token) for at, row in base["p"].items() for token in row if due[at] != token]
-        at, token = max(wrong, key=lambda cell: fall["p"][cell[0]][cell[1]] - base["p"][cell[0]][cell[1]])
+    if fall := told.get("rl when it is down"):
+        at, token = marked(base, fall, fmt)
         old, now = base["p"][at][token], fall["p"][at][token]
         when = dict(step=fall["step"], success=fall["success"])
         found["control_tokens"] = spiked(old, now), dict(token=token, position=at, start=old, now=now, **when)
@@ -879,22 +1073,82 @@ def judge(history, fmt):
         final, lowest = fixed[-1]["success"], min(event["success"] for event in fixed)
         found["fix"] = final >= 0.9 and lowest > 0.05, dict(start=start, final=final, lowest=lowest)
     if rl and fixed:
-        steady = [base, *takewhile(lambda event: event["success"] >= 0.8 * start, rl)]  # before the fall
-        old, before, final = (event["format_b_success"] for event in (base, steady[-1], fixed[-1]))
-        figures = dict(start=old, before=before, before_step=steady[-1]["step"], final=final)
+        steady = told.get("rl before it falls", rl[-1])
+        old, before, final = (event["format_b_success"] for event in (base, steady, fixed[-1]))
+        figures = dict(start=old, before=before, before_step=steady["step"], final=final)
         found["tradeoff"] = final <= 0.67 * old and final < before, figures
     return found
 
 
 def verdict_table(found):
     """What judge found, one line for each claim."""
-    lines = ["", f"{'claim':25} {'verdict':16} measured"]
+    rows = [["claim", "verdict", "measured"]]
     for claim, (text, reading) in CLAIMS.items():
         reproduced, figures = found.get(claim, (None, None))
         verdict = {True: "reproduced", False: "not reproduced", None: "not measured"}[reproduced]
         unseen = "an arm that it needs was not run" if figures is None else "no evaluation of rl fell to success 0.05"
-        lines.append(f"{text:25} {verdict:16} {reading.format(**figures) if figures else unseen}")
-    return "\n".join(lines)
+        rows.append([text, verdict, reading.format(**figures) if figures else unseen])
+    return table(rows)
+
+
+def seeds_table(stories):
+    """A row for each arm and seed, then how many, their mean and standard deviation. stories: seed -> history"""
+    rows = ["arm seed start down-at forced-there end format-B B-at-the-end collapsed".split()]
+    for arm in [arm for arm in next(iter(stories.values())) if arm != "base"]:
+        figures = []
+        for seed, history in stories.items():
+            (base,), events, gone = history["base"], history[arm], collapsed(history[arm], history["base"][0]["success"])
+            there = down(events) or {}
+            figures.append([base["success"], there.get("step"), there.get("forced_success"), events[-1]["success"],
+                            base["format_b_success"], events[-1]["format_b_success"], float(gone)])
+            rows.append([arm, seed, *figures[-1][:-1], "yes" if gone else "no"])
+        columns = [[value for value in column if value is not None] for column in zip(*figures)]
+        rows.append([arm, "mean", *(fmean(column) if column else None for column in columns)])
+        rows.append([arm, "s.d.", *(stdev(column) if len(column) > 1 else None for column in columns)])
+        rows.append([arm, "of", *map(len, columns[:-1]), f"{sum(columns[-1]):.0f} of {len(columns[-1])}"])
+    return table(rows)
+
+
+def stress_table(found):
+    """found: policy -> variant: probe: success"""
+    rows = [["variant", *(f"{policy}: free, prefill, forced" for policy in found)]]
+    for variant in next(iter(found.values())):
+        rows.append([variant, *("{:.2f}  {:.2f}  {:.2f}".format(*tried[variant].values()) for tried in found.values())])
+    return table(rows)
+
+
+def plot(stories, path):
+    """Draw success, two probabilities and the states of messages against the RL step, arms side by side.
+
+    A line for each seed; states are means over seeds. Raises UserError if it cannot be drawn, {} tries that out.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
+    arms = [arm for arm in next(iter(stories.values()), {}) if arm != "base"]
+    figure = Figure(figsize=(4 + 4 * len(arms), 8), layout="constrained")
+    grid = figure.subplots(3, len(arms) or 1, sharex=True, sharey=True, squeeze=False)
+    for (top, middle, bottom), arm in zip(grid.T, arms):
+        runs = [history["base"] + history[arm] for history in stories.values()]
+        steps = [event["step"] for event in runs[0]]
+        for events in runs:
+            top.plot(steps, [event["success"] for event in events], "tab:blue")
+            middle.plot(steps, [event["p_due"]["after_open"] for event in events], "tab:green")
+            middle.plot(steps, [event["p"]["after_open"][END] for event in events], "tab:red")
+        shares = [[fmean(event["states"][state] for event in events) for events in zip(*runs)] for state in STATES]
+        bottom.stackplot(steps, shares, labels=STATES)
+        top.set_title(arm)
+        bottom.set_xlabel("RL step")
+    labels = "success", f"after an opening tag: P({END}) red, P(what is due) green", "states of messages"
+    for axes, label in zip(grid[:, 0], labels):
+        axes.set_ylabel(label)
+    if arms:
+        grid[2, -1].legend(fontsize="small")
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot {path}: {error}; name a file such as run.png in a folder that can be written to")
 
 
 # %% Command line: settings in, story out
@@ -912,8 +1166,11 @@ def read_settings(argv):
     for setting in fields(Settings):
         unit, text = setting.metadata["unit"], setting.metadata["text"]
         shown = "none" if setting.default == "" else setting.default
-        parser.add_argument(flags[setting.name], type=setting.type, default=setting.default,
-                            metavar=setting.type.__name__, help=f"{text} ({unit}; default {shown})")
+        kind = dict(type=setting.type, metavar=setting.type.__name__)
+        if setting.type is bool:
+            kind, shown = dict(action="store_true"), "no"
+        help_text = f"{text} ({unit}; default {shown})"
+        parser.add_argument(flags[setting.name], default=setting.default, help=help_text, **kind)
     settings = Settings(**vars(parser.parse_args(argv)))
     for setting in fields(Settings):
         value, low, high = getattr(settings, setting.name), setting.metadata["low"], setting.metadata["high"]
@@ -925,6 +1182,17 @@ def read_settings(argv):
         if name not in ARMS or arms.count(name) > 1:
             fail(f"--arms: {'unknown' if name not in ARMS else 'repeated'} arm {name!r}; there are {', '.join(ARMS)}")
     return settings
+
+
+def read_seeds(settings):
+    """"0-3,7" -> [0, 1, 2, 3, 7]; without --seeds, what --seed says. Raises UserError for anything else."""
+    seeds = []
+    for part in settings.seeds.split(",") if settings.seeds else [f"{settings.seed}"]:
+        first, _, last = part.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)):
+            raise UserError(f"--seeds {settings.seeds}: {part!r} is neither a number nor a range such as 0-9")
+        seeds += range(int(first), int(last or first) + 1)
+    return list(dict.fromkeys(seeds))
 
 
 def pick_device(name):
@@ -943,47 +1211,85 @@ def open_out(path):
         raise UserError(f"--out {path}: {error.strerror}; name a file in a folder that exists and can be written to")
 
 
+def tell(settings, world, tokenizer, device, write):
+    """The story of one seed: base, arms, verdicts. write(event) keeps it. -> arm: its eval events"""
+    begun, fmt, history, best = time.time(), world.formats["A"], {}, {}
+
+    def keep(event):
+        write(event | {"seed": settings.seed})
+
+    def record(event, policy):
+        evaluations = history.setdefault(event["arm"], [])
+        evaluations.append(event)
+        if event["success"] >= max(other["success"] for other in evaluations):
+            best[event["arm"]] = event["step"], copy.deepcopy(policy)
+        keep(event)
+        print(table_row(event, history["base"][0], fmt), flush=True)
+
+    def progress(step, loss):
+        if sys.stdout.isatty() and step % 5 == 0:
+            left = (time.time() - begun) * max(0, 175 - step) / step
+            print(f"\rbase: update {step}, loss {loss:.2f}, some {left:.0f} s left ", end="", flush=True)
+
+    base, updates = train_base(world, tokenizer, settings, device, progress)
+    line_start = "\r" if sys.stdout.isatty() else ""  # overwrites the progress
+    weights, words = base.num_parameters(), len(tokenizer)
+    print(f"{line_start}base: {weights} weights, {words} tokens, ready after {updates} SFT updates\n\n{HEADINGS}")
+    start = {"event": "eval", "arm": "base", "step": 0, "training": None}
+    record(start | evaluate(base, world, tokenizer, settings), base)
+    for name in settings.arms.split(","):
+        strays, warned = [], False
+        for event, policy in train_arm(name, base, world, tokenizer, settings):
+            if event["event"] == "eval":
+                record(event, policy)
+                continue
+            keep(event)
+            strays.append(event["stray"])
+            if warns(strays) and not warned:
+                warned = True
+                print(f"{name:11} {event['step']:4}  warning: P(control token after {fmt.open}) in rollouts is "
+                      f"{strays[-1]:.2f}, it began at {fmean(strays[:3]):.2f}")
+    for claim, (reproduced, figures) in judge(history, fmt).items():
+        keep({"event": "verdict", "claim": claim, "reproduced": reproduced, "figures": figures})
+    if settings.stress:
+        found = {f"{arm}, step {step}": stress(policy, world, tokenizer, settings) for arm, (step, policy) in best.items()}
+        keep({"event": "stress", "success": found})
+        print(stress_table(found))
+    return history
+
+
 def run(settings):
-    """The whole story: base, arms, verdicts. Prints it, and writes it to --out as it happens."""
+    """Tell the story of each seed. Prints it, and writes it to --out as it happens."""
     torch.set_num_threads(1)  # tensors are so small that threads cost more than they save, above all on a busy machine
-    begun, arms, history = time.time(), settings.arms.split(","), {}
-    device, world = pick_device(settings.device), load_world(settings.tasks)
+    begun, arms, seeds = time.time(), settings.arms.split(","), read_seeds(settings)
+    device, world, stories = pick_device(settings.device), load_world(settings.tasks), {}
     tokenizer, fmt = build_tokenizer(world), world.formats["A"]
     multi_step_tasks(world, settings)  # better to learn now than after the base that there are none
+    if settings.plot:
+        plot(stories, settings.plot)  # an empty one, to learn now whether that can be done
     versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__)
-    expected = 12 + len(arms) * (0.3 * settings.steps + 0.8 * settings.steps / settings.eval_every)  # as measured
+    expected = 12 + len(arms) * (0.3 * settings.steps + 0.9 * settings.steps / settings.eval_every)  # as measured
     with open_out(settings.out) as out:
 
-        def write(event, **values):
-            out.write(json.dumps({"event": event} | values) + "\n")
+        def write(event):
+            out.write(json.dumps(event) + "\n")
             out.flush()
 
-        def record(measured):
-            history.setdefault(measured["arm"], []).append(measured)
-            write("eval", seed=settings.seed, **measured)
-            print(table_row(measured, history["base"][0], fmt), flush=True)
-
-        def progress(step, loss):
-            if sys.stdout.isatty() and step % 5 == 0:
-                left = (time.time() - begun) * max(0, 175 - step) / step
-                print(f"\rbase: update {step}, loss {loss:.2f}, some {left:.0f} s left ", end="", flush=True)
-
-        config = {name: value for name, value in asdict(settings).items() if name != "out"} | {"device": device}
-        write("config", **config, versions=versions)
-        print(f"toolrl: seed {settings.seed}, {device}, "
-              + ", ".join(map(" ".join, versions.items())) + f", about {expected:.0f} s on a CPU")
-        base, updates = train_base(world, tokenizer, settings, device, progress)
-        line_start = "\r" if sys.stdout.isatty() else ""  # overwrites the progress
-        weights, words = base.num_parameters(), len(tokenizer)
-        print(f"{line_start}base: {weights} weights, {words} tokens, ready after {updates} SFT updates\n\n{HEADINGS}")
-        record({"arm": "base", "step": 0, "zero_variance_groups": None} | evaluate(base, world, tokenizer, settings))
-        for name in arms:
-            train_arm(name, base, world, tokenizer, settings, record)
-        found = judge(history, fmt)
-        for claim, (reproduced, figures) in found.items():
-            write("verdict", seed=settings.seed, claim=claim, reproduced=reproduced, figures=figures)
-        print(f"{verdict_table(found)}\n\n{time.time() - begun:.0f} s")
-        write("done", seconds=round(time.time() - begun, 1))
+        config = {name: value for name, value in asdict(settings).items() if name not in ("out", "plot")}
+        write({"event": "config"} | config | {"device": device, "versions": versions})
+        for seed in seeds:
+            print(f"toolrl: seed {seed}, {device}, " + ", ".join(map(" ".join, versions.items()))
+                  + f", about {expected:.0f} s on a CPU")
+            stories[seed] = history = tell(replace(settings, seed=seed), world, tokenizer, device, write)
+            print(ladder(history), transcripts(history, tokenizer), verdict_table(judge(history, fmt)), sep="\n")
+            if sys.stdout.isatty():
+                print(chart(history, fmt))
+        if len(seeds) > 1:
+            print(seeds_table(stories))
+        if settings.plot:
+            plot(stories, settings.plot)
+        print(f"\n{time.time() - begun:.0f} s")
+        write({"event": "done", "seconds": round(time.time() - begun, 1)})
 
 
 def main(argv=None):
