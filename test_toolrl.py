@@ -17,6 +17,8 @@ from toolrl import END, PAD, Settings
 HERE = os.path.dirname(os.path.abspath(__file__))
 TASKS = os.path.join(HERE, "tiny_tasks.json")
 CALL = '{"name": "rival", "arguments": {"of": "bob"}}'
+QUESTIONS = "rival of mentor of alice ?", "friend of bob ?", "rival of them ?"
+FORMAT_A = toolrl.Format("<tool_call>", "</tool_call>")
 
 
 @pytest.fixture(scope="session")
@@ -65,9 +67,9 @@ def quick(monkeypatch, base, tmp_path):
     return call
 
 
-def episode_of(world, question="rival of mentor of alice ?", fmt="A", forced=False, seed=0):
+def episode_of(world, question="rival of mentor of alice ?", fmt="A", written="nothing", seed=0):
     task = toolrl.read_task(question, "test", world.keys, world.people, world.wording)
-    return toolrl.new_episode(world, task, toolrl.stream("test", seed), fmt, forced)
+    return toolrl.new_episode(world, task, toolrl.stream("test", seed), fmt, written)
 
 
 def play(episode, *messages):
@@ -379,12 +381,28 @@ def test_rollout_is_a_function_of_its_seed(base, world, tokenizer):
 
 def test_a_forced_episode_has_the_right_format_whatever_the_policy(world, tokenizer):
     untrained = toolrl.new_policy(tokenizer, 0, "cpu")
-    episodes = [episode_of(world, forced=True, fmt="AB"[i % 2], seed=i) for i in range(8)]
+    episodes = [episode_of(world, written="format", fmt="AB"[i % 2], seed=i) for i in range(8)]
     batch = toolrl.rollout(untrained, tokenizer, episodes, toolrl.stream(0))
     for row, episode in enumerate(episodes):
         assert episode.messages[0].startswith(episode.fmt.open + '{"name": "')
         assert episode.messages[0].endswith('"}}' + episode.fmt.close)
         assert batch.sampled[row].sum() == 2 * len(episode.messages) - (len(episode.messages) > len(episode.gold_calls))
+
+
+def test_a_prefill_is_the_start_of_each_call_and_nothing_else(base, world, tokenizer):
+    episodes = [episode_of(world, question, written="prefill", seed=i) for i in range(8) for question in QUESTIONS]
+    batch = toolrl.rollout(base, tokenizer, episodes, toolrl.stream(0))
+    calls_due = 0
+    for row, episode in enumerate(episodes):
+        due = min(len(episode.messages), len(episode.gold_calls))
+        given = batch.sampled[row].nonzero()[0, 0] - len(toolrl.encode_context(tokenizer, *episode.opening))
+        assert given == (2 if episode.gold_calls else 0)
+        assert all(message.startswith('<tool_call>{"name": "') for message in episode.messages[:due])
+        written = sum(len(toolrl.encode_turn(tokenizer, message)) for message in episode.messages)
+        cut = len(batch.sampled[row]) and not episode.replied and episode.states[-1] == "text_pollution"
+        assert cut or batch.sampled[row].sum() == written - 2 * due
+        calls_due += due
+    assert calls_due > 8
 
 
 # %% GRPO
@@ -415,6 +433,18 @@ def test_equal_rewards_give_no_gradient_at_all(base, played):
     flat = toolrl.advantages(torch.ones(1, len(episodes))).flatten()
     assert moved(base, after_update(base, batch, flat)) == 0
     assert moved(base, after_update(base, batch, torch.arange(len(episodes)) - 2.0)) > 0
+
+
+def test_the_update_reports_the_norm_of_its_gradient(base, played):
+    """With plain gradient descent at learning rate 1 the weights move by the gradient, clipped to norm 1."""
+    episodes, batch = played
+    advantage = torch.linspace(-0.2, 0.2, len(episodes))
+    policy = copy.deepcopy(base)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    settings = Settings(minibatches=1)
+    norm = toolrl.grpo_update(policy, optimizer, batch, advantage, settings, toolrl.stream(0), base)
+    steps = [(old - new).flatten() for old, new in zip(base.parameters(), policy.parameters())]
+    assert 0 < norm < 1 and torch.cat(steps).norm().item() == pytest.approx(norm, rel=1e-4)
 
 
 def test_a_better_rollout_becomes_likelier_and_a_worse_one_less(base, played):
@@ -553,8 +583,15 @@ def test_probabilities_are_read_at_the_right_positions(world, tokenizer):
             logits = torch.nn.functional.one_hot((ids * 7 + 1) % len(tokenizer), len(tokenizer)) * 3.0
             return type("Output", (), {"logits": logits})
 
-    measured = toolrl.control_probabilities(Parrot(), world, tokenizer, 0)
-    due = toolrl.due_tokens(fmt)
+    found = toolrl.control_probabilities(Parrot(), world, tokenizer, 0)
+    measured, due = found["p"], toolrl.due_tokens(fmt)
+    for at, token in due.items():
+        if token:
+            assert found["p_due"][at] == pytest.approx(measured[at][token])
+    after_open = Parrot()(torch.tensor([[tokenizer.convert_tokens_to_ids(fmt.open)]])).logits[0, 0].softmax(-1)
+    assert found["p_due"]["after_open"] == pytest.approx(
+        after_open[tokenizer.convert_tokens_to_ids('{"name": "')].item()
+    )
     assert measured.keys() == due.keys()
     ids = tokenizer.convert_tokens_to_ids
     before = {
@@ -575,7 +612,7 @@ def test_probabilities_are_read_at_the_right_positions(world, tokenizer):
 
 
 def test_control_probabilities_on_a_sharp_policy(base, world, tokenizer):
-    measured = toolrl.control_probabilities(base, world, tokenizer, 0)
+    measured = toolrl.control_probabilities(base, world, tokenizer, 0)["p"]
     for at, token in toolrl.due_tokens(world.formats["A"]).items():
         if token:
             assert measured[at][token] == max(measured[at].values()) > 0.5
@@ -589,6 +626,94 @@ def test_evaluations_use_held_out_tasks_only(world):
         assert not trained & {episode.task.question for episode in episodes}
         again = toolrl.probe_episodes(world, probe, 50, 0)
         assert [e.directory for e in episodes] == [e.directory for e in again]
+
+
+def test_a_transcript_is_what_was_said_with_the_probability_of_what_was_sampled(base, world, tokenizer, played):
+    episodes, batch = played
+    control = toolrl.control_tokens(tokenizer)
+    for row, episode in enumerate(episodes):
+        said = toolrl.transcript(tokenizer, batch, row)
+        opening = len(toolrl.encode_context(tokenizer, *episode.opening))
+        whole = tokenizer.decode([i for i in batch.ids[row, opening:] if i != tokenizer.pad_token_id])
+        assert "".join(text for text, _ in said) == whole
+        chosen = batch.sampled[row] & torch.isin(batch.ids[row], torch.tensor(tokenizer.convert_tokens_to_ids(control)))
+        probs = [p for _, p in said if p is not None]
+        assert probs == pytest.approx(batch.log_probs[row][chosen].exp().tolist())
+        assert all(text in control for text, p in said if p is not None)
+    assert any(p is None and text == "<tool_response>" for text, p in said + toolrl.transcript(tokenizer, batch, 0))
+
+
+def test_training_signals_by_autograd(base, world, tokenizer):
+    """RL's push is the gradient of its objective at the logit of the token due after an opening tag, by definition."""
+    episodes = [episode_of(world, question, seed=i) for i in range(8) for question in QUESTIONS]
+    batch = toolrl.rollout(base, tokenizer, episodes, toolrl.stream(0))
+    advantage = torch.linspace(-1, 2, len(episodes))
+    other = toolrl.new_policy(tokenizer, 1, "cpu")
+    signals = toolrl.training_signals(base, other, world, tokenizer, episodes, batch, advantage)
+    opened, right = tokenizer.convert_tokens_to_ids([FORMAT_A.open, '{"name": "'])
+    logits = base(batch.ids[:, :-1]).logits.detach().requires_grad_()
+    log_p = logits.log_softmax(-1)
+    chosen_log_p = log_p.gather(2, batch.ids[:, 1:, None])[..., 0]
+    after = batch.sampled[:, 1:] & (batch.ids[:, :-1] == opened)
+    (chosen_log_p * advantage[:, None])[after].sum().backward()
+    assert after.any() and signals["rl_push"] == pytest.approx(
+        logits.grad[..., right].sum().item() / after.sum().item()
+    )
+    p = log_p.detach().exp()
+    control = tokenizer.convert_tokens_to_ids(toolrl.control_tokens(tokenizer))
+    assert signals["stray"] == pytest.approx(p[after][:, control].sum(1).mean().item())
+    sampled = batch.sampled[:, 1:]
+    entropy = torch.distributions.Categorical(probs=p).entropy()[sampled].mean()
+    assert signals["entropy"] == pytest.approx(entropy.item(), rel=1e-4)
+    drift = chosen_log_p.detach() - toolrl.token_log_probs(other, batch.ids)
+    assert signals["kl"] == pytest.approx(drift[sampled].mean().item(), rel=1e-4) and signals["kl"] > 1
+    states = [state for episode in episodes for state in episode.states]
+    assert signals["broken"] == sum(state in ("collapsed", "text_pollution") for state in states) / len(states)
+    still = toolrl.training_signals(base, base, world, tokenizer, episodes, batch, 0 * advantage)
+    assert still["rl_push"] == 0 and still["kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_signals_exist_when_no_call_was_opened(world, tokenizer):
+    untrained = toolrl.new_policy(tokenizer, 0, "cpu")
+    episodes = [episode_of(world)]
+    batch = toolrl.Rollout(torch.ones(1, 9, dtype=torch.long), torch.ones(1, 9, dtype=torch.bool), torch.zeros(1, 9))
+    episodes[0].states.append("collapsed")
+    signals = toolrl.training_signals(untrained, untrained, world, tokenizer, episodes, batch, torch.ones(1))
+    assert signals["stray"] == signals["rl_push"] == 0 and not any(map(math.isnan, signals.values()))
+
+
+def test_variants_are_the_same_world_under_another_schema(world, tokenizer):
+    known = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    said = {}
+    for name, varied in world.variants.items():
+        wider = toolrl.build_tokenizer(varied, known)
+        assert wider.convert_ids_to_tokens(range(len(known))) == known and wider.pad_token_id == tokenizer.pad_token_id
+        episode = toolrl.probe_episodes(varied, "success", 1, 0)[0]
+        ids, targets = toolrl.trajectory(wider, episode, episode.gold)
+        assert varied.wording["system"].split()[-1] == "{open}" and wider.unk_token_id not in ids
+        turns = [toolrl.encode_turn(wider, message) for message in episode.gold]
+        assert wider.decode(turns[0][:-1]) == episode.gold[0] and len(turns[0]) == 8
+        said[name] = episode.gold[0]
+        assert toolrl.succeeded(play_gold(episode)) and varied.variants == {}
+    assert len(set(said.values())) >= 4 and said["another order of keys"].startswith('<tool_call>{"arguments"')
+    assert '"person": "' in said["another argument key"] and said["unseen delimiters"].startswith("<call>")
+
+
+def play_gold(episode):
+    play(episode, *episode.gold)
+    return episode
+
+
+def test_the_stress_test_leaves_the_policy_alone_and_agrees_with_the_probes(base, world, tokenizer):
+    settings, before = Settings(eval_episodes=16), copy.deepcopy(base.state_dict())
+    found = toolrl.stress(base, world, tokenizer, settings)
+    assert found.keys() == {"as trained", *world.variants}
+    assert all(torch.equal(before[name], weight) for name, weight in base.state_dict().items())
+    played, _ = toolrl.run_probes(base, world, tokenizer, settings, list(found["as trained"]))
+    for probe, episodes in played.items():
+        assert found["as trained"][probe] == sum(map(toolrl.succeeded, episodes)) / 16
+    assert found == toolrl.stress(base, world, tokenizer, settings)
+    assert "unseen delimiters" in toolrl.stress_table({"base": found})
 
 
 # %% Arms
@@ -687,7 +812,7 @@ def test_sft_shows_the_failed_tasks_half_of_each_kind(base, world, tokenizer, mo
 
 
 def fake_event(arm, step, success, forced=0.95, format_b=0.6, end=0.05):
-    due = toolrl.due_tokens(toolrl.Format("<tool_call>", "</tool_call>"))
+    due = toolrl.due_tokens(FORMAT_A)
     p = {at: {token: 0.9 if due[at] == token else 0.01 for token in ("<tool_call>", "</tool_call>", END)} for at in due}
     p["after_open"][END] = end
     return {
@@ -698,7 +823,12 @@ def fake_event(arm, step, success, forced=0.95, format_b=0.6, end=0.05):
         "no_call_blind_score": 0.1,
         "forced_success": forced,
         "format_b_success": format_b,
-        "zero_variance_groups": None,
+        "prefill_success": forced,
+        "simple_success": success,
+        "content_ood_success": success,
+        "training": dict(equal_groups=0.5, gradient=0.1, rl_push=-0.05) if step else None,
+        "p_due": dict.fromkeys(due, 0.9) | {"after_open": 1 - end},
+        "transcript": [["<tool_call>", 0.9], [END, end], ["<|im_start|>", None]],
         "states": dict.fromkeys(toolrl.STATES, 0.25),
         "p": p,
     }
@@ -713,7 +843,7 @@ def fake_history(**changes):
     return history | changes
 
 
-def verdicts(history, fmt=toolrl.Format("<tool_call>", "</tool_call>")):
+def verdicts(history, fmt=FORMAT_A):
     return {claim: reproduced for claim, (reproduced, _) in toolrl.judge(history, fmt).items()}
 
 
@@ -744,13 +874,71 @@ def test_the_verdict_table_names_every_claim():
         fake_history(rl=[fake_event("rl", 1, 0.6)]),
         {"base": [fake_event("base", 0, 0.6)]},
     ):
-        table = toolrl.verdict_table(toolrl.judge(history, toolrl.Format("<tool_call>", "</tool_call>")))
+        table = toolrl.verdict_table(toolrl.judge(history, FORMAT_A))
         assert all(text in table for text, _ in toolrl.CLAIMS.values())
     assert table.count("not measured") == 5
 
 
+def test_the_moments_of_a_story():
+    steps = {moment: event["step"] for moment, event in toolrl.moments(fake_history()).items()}
+    assert steps == {
+        "base": 0,
+        "rl before it falls": 1,
+        "rl when it is down": 2,
+        "rl at the end": 4,
+        "interleaved at the end": 4,
+    }
+    steady = fake_history(rl=[fake_event("rl", 1, 0.6), fake_event("rl", 2, 0.5)])
+    assert list(toolrl.moments(steady)) == ["base", "rl at the end", "interleaved at the end"]
+
+
+def test_the_ladder_reads_format_or_skill():
+    base = fake_event("base", 0, 0.6)
+    for success, forced, reading in (
+        (0.6, 0.95, "a shaky format"),
+        (0.95, 0.98, "sound"),
+        (0.05, 0.76, "format, not skill"),
+        (0.0, 0.75, "the skill is damaged"),
+    ):
+        assert toolrl.diagnose(fake_event("rl", 1, success, forced), base) == reading
+    lines = toolrl.ladder(fake_history()).splitlines()
+    assert lines[4].startswith("rl when it is down") and lines[4].endswith("format, not skill")
+    assert lines[4].split()[5:] == "2 0.00 0.95 0.95 0.00 0.60 0.00 0.50 0.10 -0.05 0.80 format, not skill".split()
+
+
+@pytest.mark.parametrize("terminal, no_color, coloured", [(True, "", True), (True, "1", False), (False, "", False)])
+def test_control_tokens_are_coloured_on_a_terminal(monkeypatch, tokenizer, terminal, no_color, coloured):
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    text = toolrl.transcripts(fake_history(), tokenizer)
+    assert ("\033[33m<tool_call>\033[0m[0.90]" if coloured else "<tool_call>[0.90]<|im_end|>[0.05]") in text
+    assert "rl when it is down, step 2" in text
+
+
+def test_the_chart_has_a_bar_for_each_evaluation():
+    lines = toolrl.chart(fake_history(), FORMAT_A).splitlines()
+    assert "P(<|im_end|>) at after_open" in lines[1]
+    assert lines[2].split() == ["rl", "▅▄", "▄▄▄▄▄", "▆▆▆"]  # success 0.6 .5 0 0 0; half broken; .05 .05 .8 .8 .8
+    assert lines[3].split()[:2] == ["interleaved", "▅▅▆▆▇"]
+
+
+def test_the_seeds_table_counts_and_averages():
+    other = fake_history(rl=[fake_event("rl", k, 0.4) for k in (1, 2, 3)])
+    lines = [line.split() for line in toolrl.seeds_table({3: fake_history(), 5: other}).splitlines()[2:]]
+    assert lines[0] == "rl 3 0.60 2 0.95 0.00 0.60 0.60 yes".split()
+    assert lines[1] == "rl 5 0.60 - - 0.40 0.60 0.60 no".split()
+    assert lines[2] == "rl mean 0.60 2.00 0.95 0.20 0.60 0.60 0.50".split()
+    assert lines[3][:6] == "rl s.d. 0.00 - - 0.28".split()
+    assert lines[4] == "rl of 2 1 1 2 2 2 1 of 2".split()
+
+
+def test_the_warning_comes_when_stray_tokens_have_grown_by_half():
+    assert not toolrl.warns([0.1, 0.1, 0.1]) and not toolrl.warns([0.1, 0.1, 0.1, 0.14])
+    assert toolrl.warns([0.1, 0.1, 0.1, 0.12, 0.16]) and not toolrl.warns([0.9, 0.9, 0.9, 0.9])
+
+
 def test_the_spike_is_marked_and_rows_are_aligned():
-    fmt, base = toolrl.Format("<tool_call>", "</tool_call>"), fake_event("base", 0, 0.6)
+    fmt, base = FORMAT_A, fake_event("base", 0, 0.6)
     rows = [toolrl.table_row(event, base, fmt) for event in (base, fake_event("interleaved", 10, 1.0, end=0.8))]
     assert "*" not in rows[0] and "0.80*" in rows[1] and len({len(row) for row in rows}) == 1
 
@@ -761,7 +949,11 @@ def test_the_spike_is_marked_and_rows_are_aligned():
 def test_a_short_run_reports_what_the_issue_of_the_day_is(quick, capsys):
     code, events = quick("--steps", "1")
     assert code == 0
-    assert [event["event"] for event in events] == ["config"] + ["eval"] * 3 + ["verdict"] * 5 + ["done"]
+    assert [event["event"] for event in events] == [
+        *"config eval step eval step eval".split(),
+        *["verdict"] * 5,
+        "done",
+    ]
     assert not any(event["reproduced"] for event in events if event["event"] == "verdict" and event["claim"] != "fix")
     assert [(e["arm"], e["step"]) for e in events if e["event"] == "eval"] == [
         ("base", 0),
@@ -792,6 +984,44 @@ def test_one_seed_one_result(quick):
     assert quick("--seed", "4")[1][1:-1] != first[1:]
 
 
+def test_several_seeds_are_the_runs_of_each(quick, capsys):
+    _, both = quick("--seeds", "1,3", out="both")
+    table = capsys.readouterr().out.split("down-at")[1]
+    assert "rl           1" in table and "interleaved  3" in table
+    alone = [event for seed in "13" for event in quick("--seed", seed, out=seed)[1][1:-1]]
+    assert both[1:-1] == alone and {event["seed"] for event in alone} == {1, 3}
+    assert toolrl.read_seeds(Settings(seeds="0-3,7,2")) == [0, 1, 2, 3, 7] and toolrl.read_seeds(Settings(seed=4)) == [
+        4
+    ]
+
+
+def test_the_stress_test_has_a_column_for_each_policy(quick, capsys):
+    code, events = quick("--stress", "--steps", "1")
+    (found,) = (event["success"] for event in events if event["event"] == "stress")
+    assert code == 0 and list(found) == ["base, step 0", "rl, step 1", "interleaved, step 1"]
+    assert "another order of keys" in capsys.readouterr().out
+
+
+def test_a_warning_is_printed_once_an_arm(quick, monkeypatch, capsys):
+    monkeypatch.setattr(toolrl, "warns", lambda strays: len(strays) > 1)
+    quick("--steps", "4", "--arms", "rl")
+    out = capsys.readouterr().out
+    assert out.count("warning") == 1 and "rl             2  warning: P(control token after <tool_call>)" in out
+
+
+def test_plot_draws_or_says_what_is_missing(quick, monkeypatch, tmp_path, capsys):
+    path = tmp_path / "run.png"
+    pytest.importorskip("matplotlib")
+    assert quick("--plot", str(path), "--seeds", "0-1")[0] == 0
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+def test_plot_without_matplotlib_is_one_line(quick, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, events = quick("--plot", str(tmp_path / "run.png"))
+    assert (code, events) == (2, []) and "pip install matplotlib" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
@@ -809,6 +1039,11 @@ def test_one_seed_one_result(quick):
         (["--out", os.path.join("no", "folder", "x.jsonl")], "folder that exists"),
         (["--magic"], "--magic"),
         (["--min-calls", "9"], "--min-calls 9"),
+        (["--seeds", "3-1"], "'3-1' is neither a number nor a range"),
+        (["--seeds", "1,,2"], "'' is neither a number nor a range"),
+        (["--seeds", "-4"], "'-4' is neither"),
+        (["--plot", os.path.join("no", "folder", "run.png")], "name a file such as run.png"),
+        (["--plot", "run.magic"], "name a file such as run.png"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, said):
@@ -836,7 +1071,7 @@ def test_interrupt_leaves_what_was_measured(quick, monkeypatch, capsys):
 
     monkeypatch.setattr(toolrl, "grpo_update", interrupted)
     code, events = quick()
-    assert code == 130 and [event["event"] for event in events] == ["config", "eval", "eval"]
+    assert code == 130 and [event["event"] for event in events] == ["config", "eval", "step", "eval"]
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -1030,7 +1030,7 @@ def transcripts(history, tokenizer):
 
 
 def chart(history, fmt):
-    """Success, broken messages and the marked probability. A bar is an evaluation, from 0 to 1; the first is the base."""
+    """Success, broken messages and the marked probability: a bar, from 0 to 1, for each evaluation from the base on."""
     (base,), told = history["base"], moments(history)
     at, token = marked(base, told.get("rl when it is down", [*told.values()][-1]), fmt)
     rows = [["arm", "success", "broken messages", f"P({token}) at {at}"]]
@@ -1043,7 +1043,7 @@ def chart(history, fmt):
 
 # claim: (what it says, how its figures read)
 CLAIMS = {
-    "collapse": ("RL alone collapses", "success {start:.2f}, at the last evaluations of rl {last}"),
+    "collapse": ("RL alone collapses", "success {start:.2f}, at the last evaluations of rl at most {highest:.2f}"),
     "control_tokens": ("a control token did it", "P({token}) at {position} {start:.2f}, at step {step} {now:.2f}"),
     "intact": ("the skill is intact", "forced success {start:.2f}, at step {step} {now:.2f} (success {success:.2f})"),
     "fix": ("SFT in between fixes it", "success {start:.2f}, at the end {final:.2f}, never below {lowest:.2f}"),
@@ -1060,7 +1060,7 @@ def judge(history, fmt):
     (base,), rl, fixed, found = history["base"], history.get("rl", []), history.get("interleaved", []), {}
     start, told = base["success"], moments(history)
     if rl:
-        found["collapse"] = collapsed(rl, start), dict(start=start, last=[event["success"] for event in rl[-3:]])
+        found["collapse"] = collapsed(rl, start), dict(start=start, highest=max(event["success"] for event in rl[-3:]))
         found["control_tokens"] = found["intact"] = False, {}
     if fall := told.get("rl when it is down"):
         at, token = marked(base, fall, fmt)
