@@ -647,9 +647,11 @@ def test_training_signals_by_autograd(base, world, tokenizer):
     """RL's push is the gradient of its objective at the logit of the token due after an opening tag, by definition."""
     episodes = [episode_of(world, question, seed=i) for i in range(8) for question in QUESTIONS]
     batch = toolrl.rollout(base, tokenizer, episodes, toolrl.stream(0))
-    advantage = torch.linspace(-1, 2, len(episodes))
+    rewards = torch.tensor([[1.0, 0, 0] * 4, [1.0] * 12])
+    advantage = toolrl.advantages(rewards).flatten()
     other = toolrl.new_policy(tokenizer, 1, "cpu")
-    signals = toolrl.training_signals(base, other, world, tokenizer, episodes, batch, advantage)
+    signals = toolrl.training_signals(base, other, world, tokenizer, episodes, batch, rewards)
+    assert signals["reward"] == pytest.approx(16 / 24) and signals["equal_groups"] == 0.5
     opened, right = tokenizer.convert_tokens_to_ids([FORMAT_A.open, '{"name": "'])
     logits = base(batch.ids[:, :-1]).logits.detach().requires_grad_()
     log_p = logits.log_softmax(-1)
@@ -669,16 +671,17 @@ def test_training_signals_by_autograd(base, world, tokenizer):
     assert signals["kl"] == pytest.approx(drift[sampled].mean().item(), rel=1e-4) and signals["kl"] > 1
     states = [state for episode in episodes for state in episode.states]
     assert signals["broken"] == sum(state in ("collapsed", "text_pollution") for state in states) / len(states)
-    still = toolrl.training_signals(base, base, world, tokenizer, episodes, batch, 0 * advantage)
+    still = toolrl.training_signals(base, base, world, tokenizer, episodes, batch, 0 * rewards)
+    assert still["equal_groups"] == 1
     assert still["rl_push"] == 0 and still["kl"] == pytest.approx(0, abs=1e-5)
 
 
 def test_signals_exist_when_no_call_was_opened(world, tokenizer):
     untrained = toolrl.new_policy(tokenizer, 0, "cpu")
-    episodes = [episode_of(world)]
-    batch = toolrl.Rollout(torch.ones(1, 9, dtype=torch.long), torch.ones(1, 9, dtype=torch.bool), torch.zeros(1, 9))
+    episodes = [episode_of(world), episode_of(world)]
+    batch = toolrl.Rollout(torch.ones(2, 9, dtype=torch.long), torch.ones(2, 9, dtype=torch.bool), torch.zeros(2, 9))
     episodes[0].states.append("collapsed")
-    signals = toolrl.training_signals(untrained, untrained, world, tokenizer, episodes, batch, torch.ones(1))
+    signals = toolrl.training_signals(untrained, untrained, world, tokenizer, episodes, batch, torch.ones(1, 2))
     assert signals["stray"] == signals["rl_push"] == 0 and not any(map(math.isnan, signals.values()))
 
 
@@ -933,8 +936,9 @@ def test_the_seeds_table_counts_and_averages():
 
 
 def test_the_warning_comes_when_stray_tokens_have_grown_by_half():
-    assert not toolrl.warns([0.1, 0.1, 0.1]) and not toolrl.warns([0.1, 0.1, 0.1, 0.14])
+    assert not any(toolrl.warns([0.1, 0.1, 0.1, 0.14][:k]) for k in range(5))
     assert toolrl.warns([0.1, 0.1, 0.1, 0.12, 0.16]) and not toolrl.warns([0.9, 0.9, 0.9, 0.9])
+    assert not toolrl.warns([0.1, 0.1, 0.1, 0.12, 0.16, 0.18]) and not toolrl.warns([0.1, 0.1, 0.1, 0.16, 0.12])
 
 
 def test_the_spike_is_marked_and_rows_are_aligned():
@@ -1003,10 +1007,10 @@ def test_the_stress_test_has_a_column_for_each_policy(quick, capsys):
 
 
 def test_a_warning_is_printed_once_an_arm(quick, monkeypatch, capsys):
-    monkeypatch.setattr(toolrl, "warns", lambda strays: len(strays) > 1)
+    monkeypatch.setattr(toolrl, "warns", lambda strays: len(strays) == 2)
     quick("--steps", "4", "--arms", "rl")
     out = capsys.readouterr().out
-    assert out.count("warning") == 1 and "rl             2  warning: P(control token after <tool_call>)" in out
+    assert out.count("warning") == 1 and "rl             2  early warning: in rollouts, P(a control" in out
 
 
 def test_plot_draws_or_says_what_is_missing(quick, monkeypatch, tmp_path, capsys):

@@ -744,25 +744,27 @@ def stress(policy, world, tokenizer, settings):
 
 
 @torch.no_grad()
-def training_signals(policy, base, world, tokenizer, episodes, batch, advantage):
-    """What a training job can log of its rollouts at an RL step, before the update. advantage [N] -> signal: value
+def training_signals(policy, base, world, tokenizer, episodes, batch, rewards):
+    """What a training job can log of its rollouts before an update. rewards [groups, group_size] -> signal: value
 
-    broken: share of messages with stray tags. stray: probability of a control token right after an opening tag.
-    entropy (nats) of the policy and kl (nats) from the base: means over sampled tokens. rl_push: see SFT.
+    equal_groups: share of groups without a gradient. broken: share of messages with stray tags. stray: probability of
+    a control token right after an opening tag. entropy of the policy, kl from the base (nats): means over sampled
+    tokens. rl_push: of this batch on the logit of the right token after an opening tag. SFT's push there is 1 - p.
     """
     opened, *control = tokenizer.convert_tokens_to_ids([world.formats["A"].open, *control_tokens(tokenizer)])
     right = encode_turn(tokenizer, call_json(world, next(iter(world.keys)), world.people[0]))[0]  # where JSON begins
     before, choice, chosen = batch.ids[:, :-1], batch.ids[:, 1:], batch.sampled[:, 1:]  # [N, T-1]
     log_p = policy(before).logits.float().log_softmax(-1)  # [N, T-1, V]
     p, after = log_p.exp(), chosen & (before == opened)  # after: where a call has been opened
-    # RL's push on the logit of the right token there; SFT's, on the same, is 1 - p.
-    push = advantage[:, None] * ((choice == right).float() - p[..., right])  # [N, T-1]
+    push = advantages(rewards).view(-1, 1) * ((choice == right).float() - p[..., right])  # [N, T-1]
     states = [state for episode in episodes for state in episode.states]
 
     def mean(values, where):
         return values[where].mean().item() if where.any() else 0.0
 
     return {
+        "reward": rewards.mean().item(),
+        "equal_groups": (rewards == rewards[:, :1]).all(1).float().mean().item(),
         "broken": fmean(state in ("text_pollution", "collapsed") for state in states),
         "stray": mean(p[..., control].sum(-1), after),
         "entropy": mean(-(p * log_p).sum(-1), chosen),
@@ -869,12 +871,19 @@ def gold_batch(policy, world, tokenizer, settings, failed, rng):
     return stack(policy, rows)
 
 
+def sft_phases(arm, settings, step):
+    """How many phases of SFT come before an RL step."""
+    if arm.sft == "between":
+        return int(step > 0 and step % settings.sft_every == 0)
+    return (settings.steps - 1) // settings.sft_every if arm.sft == "first" and step == 0 else 0  # as many in all
+
+
 def train_arm(name, base, world, tokenizer, settings):
-    """Run one arm on a copy of the base. Yields event, policy: a "step" after each RL step, and an "eval" every
-    --eval-every steps and after the last, whose training signals are the means over the steps since the one before.
+    """Run one arm on a copy of the base. Yields (event, policy) after each RL step, and at each evaluation.
 
     Each step draws from streams of its own, so all arms meet the same tasks, directories and sampling seeds. An SFT
-    phase comes before an RL step, never after the last: what is evaluated has been through RL since.
+    phase comes before an RL step, never after the last: what is evaluated has been through RL since. The training
+    signals of an evaluation are the means over the steps since the one before.
     """
     arm, policy = ARMS[name], copy.deepcopy(base)
     failed, log = [], []  # episodes without reward since the last SFT, signals since the last evaluation
@@ -887,11 +896,7 @@ def train_arm(name, base, world, tokenizer, settings):
 
     for step in range(settings.steps):
         draws = {use: stream(settings.seed, use, step) for use in ("tasks", "sampling", "order", "gold")}
-        phases = 0
-        if arm.sft == "between" and step > 0 and step % settings.sft_every == 0:
-            phases = 1
-        if arm.sft == "first" and step == 0:
-            phases = (settings.steps - 1) // settings.sft_every  # as many as "between" comes to
+        phases = sft_phases(arm, settings, step)
         for _ in range(phases * settings.sft_steps):
             sft_update(policy, sft_optimizer, *gold(draws["gold"]))
         if phases or arm.sft == "within":
@@ -902,13 +907,11 @@ def train_arm(name, base, world, tokenizer, settings):
         scores = [arm.score(episode) for episode in episodes]
         failed += [episode for episode, score in zip(episodes, scores) if not score]
         rewards = torch.tensor(scores, device=policy.device).view(settings.groups, settings.group_size)
-        advantage = advantages(rewards).flatten()  # [N]
-        signals = training_signals(policy, base, world, tokenizer, episodes, batch, advantage)
-        signals |= {"reward": fmean(scores), "equal_groups": fmean((rewards == rewards[:, :1]).all(1).tolist())}
+        signals = training_signals(policy, base, world, tokenizer, episodes, batch, rewards)
         if arm.rl:
             extra_loss = partial(sft_loss, policy, *gold(draws["gold"])) if arm.sft == "within" else None
-            norm = grpo_update(policy, rl_optimizer, batch, advantage, settings, draws["order"], base, extra_loss)
-            signals["gradient"] = norm
+            signals["gradient"] = grpo_update(policy, rl_optimizer, batch, advantages(rewards).flatten(), settings,
+                                              draws["order"], base, extra_loss)
         log.append(signals)
         yield {"event": "step", "arm": name, "step": step + 1} | signals, policy
         if (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps:
@@ -932,11 +935,12 @@ def astray(event, token, due):
 
 
 def warns(strays):
-    """Early warning, as a training job could print it. strays: the signal "stray" of an arm's RL steps so far
+    """Whether to warn now, as a training job would, once. strays: the signal "stray" of an arm's RL steps so far
 
-    Of all that is logged it is the first to move that does not move without a collapse (README, "Early warning").
+    It has grown by half some steps before success halves (README, "Early warning").
     """
-    return len(strays) > 3 and strays[-1] >= 1.5 * fmean(strays[:3])
+    grown = [stray >= 1.5 * fmean(strays[:3]) for stray in strays[3:]]
+    return sum(grown) == 1 and grown[-1]
 
 
 HEADINGS = """\
@@ -1097,8 +1101,8 @@ def seeds_table(stories):
     for arm in [arm for arm in next(iter(stories.values())) if arm != "base"]:
         figures = []
         for seed, history in stories.items():
-            (base,), events, gone = history["base"], history[arm], collapsed(history[arm], history["base"][0]["success"])
-            there = down(events) or {}
+            (base,), events, there = history["base"], history[arm], down(history[arm]) or {}
+            gone = collapsed(events, base["success"])
             figures.append([base["success"], there.get("step"), there.get("forced_success"), events[-1]["success"],
                             base["format_b_success"], events[-1]["format_b_success"], float(gone)])
             rows.append([arm, seed, *figures[-1][:-1], "yes" if gone else "no"])
@@ -1211,12 +1215,12 @@ def open_out(path):
         raise UserError(f"--out {path}: {error.strerror}; name a file in a folder that exists and can be written to")
 
 
-def tell(settings, world, tokenizer, device, write):
-    """The story of one seed: base, arms, verdicts. write(event) keeps it. -> arm: its eval events"""
-    begun, fmt, history, best = time.time(), world.formats["A"], {}, {}
+def train(settings, world, tokenizer, device, keep):
+    """The base and the arms of one seed, each line as it is measured. keep(event) writes it to --out.
 
-    def keep(event):
-        write(event | {"seed": settings.seed})
+    -> history (arm: its eval events), best (arm: the step of its best evaluation, the policy there)
+    """
+    begun, fmt, history, best = time.time(), world.formats["A"], {}, {}
 
     def record(event, policy):
         evaluations = history.setdefault(event["arm"], [])
@@ -1238,24 +1242,33 @@ def tell(settings, world, tokenizer, device, write):
     start = {"event": "eval", "arm": "base", "step": 0, "training": None}
     record(start | evaluate(base, world, tokenizer, settings), base)
     for name in settings.arms.split(","):
-        strays, warned = [], False
+        strays = []
         for event, policy in train_arm(name, base, world, tokenizer, settings):
             if event["event"] == "eval":
                 record(event, policy)
                 continue
             keep(event)
             strays.append(event["stray"])
-            if warns(strays) and not warned:
-                warned = True
-                print(f"{name:11} {event['step']:4}  warning: P(control token after {fmt.open}) in rollouts is "
-                      f"{strays[-1]:.2f}, it began at {fmean(strays[:3]):.2f}")
-    for claim, (reproduced, figures) in judge(history, fmt).items():
+            if warns(strays):
+                print(f"{name:11} {event['step']:4}  early warning: in rollouts, P(a control token after {fmt.open}) "
+                      f"has grown from {fmean(strays[:3]):.2f} to {strays[-1]:.2f}")
+    return history, best
+
+
+def report(settings, world, tokenizer, history, best, keep):
+    """What follows the lines of one seed: diagnosis, conversations, verdicts, stress test, chart."""
+    fmt, found = world.formats["A"], judge(history, world.formats["A"])
+    for claim, (reproduced, figures) in found.items():
         keep({"event": "verdict", "claim": claim, "reproduced": reproduced, "figures": figures})
+    print(ladder(history), transcripts(history, tokenizer), verdict_table(found), sep="\n")
     if settings.stress:
-        found = {f"{arm}, step {step}": stress(policy, world, tokenizer, settings) for arm, (step, policy) in best.items()}
-        keep({"event": "stress", "success": found})
-        print(stress_table(found))
-    return history
+        tried = {}
+        for arm, (step, policy) in best.items():
+            tried[f"{arm}, step {step}"] = stress(policy, world, tokenizer, settings)
+        keep({"event": "stress", "success": tried})
+        print(stress_table(tried))
+    if sys.stdout.isatty():
+        print(chart(history, fmt))
 
 
 def run(settings):
@@ -1263,27 +1276,26 @@ def run(settings):
     torch.set_num_threads(1)  # tensors are so small that threads cost more than they save, above all on a busy machine
     begun, arms, seeds = time.time(), settings.arms.split(","), read_seeds(settings)
     device, world, stories = pick_device(settings.device), load_world(settings.tasks), {}
-    tokenizer, fmt = build_tokenizer(world), world.formats["A"]
+    tokenizer = build_tokenizer(world)
     multi_step_tasks(world, settings)  # better to learn now than after the base that there are none
     if settings.plot:
         plot(stories, settings.plot)  # an empty one, to learn now whether that can be done
     versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__)
     expected = 12 + len(arms) * (0.3 * settings.steps + 0.9 * settings.steps / settings.eval_every)  # as measured
+    config = {name: value for name, value in asdict(settings).items() if name not in ("out", "plot")}
     with open_out(settings.out) as out:
 
-        def write(event):
-            out.write(json.dumps(event) + "\n")
+        def write(event, **more):
+            out.write(json.dumps(event | more) + "\n")
             out.flush()
 
-        config = {name: value for name, value in asdict(settings).items() if name not in ("out", "plot")}
-        write({"event": "config"} | config | {"device": device, "versions": versions})
+        write({"event": "config"} | config, device=device, versions=versions)
         for seed in seeds:
-            print(f"toolrl: seed {seed}, {device}, " + ", ".join(map(" ".join, versions.items()))
-                  + f", about {expected:.0f} s on a CPU")
-            stories[seed] = history = tell(replace(settings, seed=seed), world, tokenizer, device, write)
-            print(ladder(history), transcripts(history, tokenizer), verdict_table(judge(history, fmt)), sep="\n")
-            if sys.stdout.isatty():
-                print(chart(history, fmt))
+            print(f"toolrl: seed {seed}, {device}, {', '.join(map(' '.join, versions.items()))}, "
+                  f"about {expected:.0f} s on a CPU")
+            one, keep = replace(settings, seed=seed), partial(write, seed=seed)
+            stories[seed], best = train(one, world, tokenizer, device, keep)
+            report(one, world, tokenizer, stories[seed], best, keep)
         if len(seeds) > 1:
             print(seeds_table(stories))
         if settings.plot:
