@@ -5,8 +5,12 @@ import dataclasses
 import json
 import math
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -1092,6 +1096,130 @@ def test_every_setting_has_a_flag_and_a_help_text(capsys):
     assert stop.value.code == 0
     for setting in dataclasses.fields(Settings):
         assert "--" + setting.name.replace("_", "-") in text and setting.metadata["unit"] in text.replace("\n", " ")
+
+
+# %% README
+
+
+def fenced(language):
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        return re.findall(rf"^```{language}\n(.*?)^```", file.read(), re.DOTALL | re.MULTILINE)
+
+
+def commands():
+    """Every `python toolrl.py ...` of the README, in its code blocks and in its tables."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        text = file.read()
+    inline = re.findall(r"`(python toolrl\.py[^`\n]*)`", text)
+    return list(
+        dict.fromkeys(inline + [c for b in fenced("sh") for c in b.splitlines() if c.startswith("python toolrl.py")])
+    )
+
+
+def banners():
+    with open(os.path.join(HERE, "toolrl.py"), encoding="utf-8") as file:
+        return re.findall(r"^# %% (.*?):", file.read(), re.MULTILINE)
+
+
+def test_the_sections_of_file_and_readme_bear_the_same_names():
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        story = file.read().split("## The story, section by section")[1].split("\n## ")[0]
+    assert re.findall(r"^### (.*)$", story, re.MULTILINE) == banners() and len(banners()) == 12
+
+
+def test_the_cells_run_one_after_another_in_a_notebook(elsewhere, monkeypatch, base, capsys):
+    """As an editor runs them: one namespace, __name__ is __main__, and the arguments of the kernel in sys.argv."""
+    with open(os.path.join(HERE, "toolrl.py"), encoding="utf-8") as file:
+        source = file.read().replace("= knob(40,", "= knob(2,").replace("= knob(128,", "= knob(8,")
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    cells, namespace = re.split(r"^(?=# %% )", source, flags=re.MULTILINE), {"__name__": "__main__"}
+    for cell in cells:
+        if cell.startswith("# %% Report"):
+            namespace["train_base"] = toolrl.train_base
+        exec(compile(cell, cell.splitlines()[0], "exec"), namespace)
+    assert len(cells) == 13 and "claim" in capsys.readouterr().out
+
+
+SHORT = "--steps 2 --eval-every 1 --eval-episodes 8 --sft-every 1 --sft-steps 1".split()
+
+
+def run_short(module, command):
+    """A command of the README with fewer steps and seeds."""
+    arguments = shlex.split(command)[2:]
+    if "--seeds" in arguments:
+        arguments += ["--seeds", "0-1"]
+    return module.main(arguments + SHORT)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch, base, tmp_path):
+    """An empty folder with a copy of the tasks, and a base that is trained beforehand."""
+    monkeypatch.setattr(toolrl, "train_base", lambda *_: (copy.deepcopy(base), 60))
+    for name in ("tiny_tasks.json", "my_tasks.json"):
+        shutil.copy(TASKS, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", commands())
+def test_slow_every_command_of_the_readme_runs(elsewhere, command):
+    if "--plot" in command:
+        pytest.importorskip("matplotlib")
+    if "--help" in command:
+        with pytest.raises(SystemExit):
+            toolrl.main(["--help"])
+    else:
+        assert run_short(toolrl, command) == 0
+
+
+def test_slow_the_readmes_snippets_run_on_the_files_of_its_commands(elsewhere, capsys, monkeypatch):
+    for command in commands():
+        if "--out all.jsonl" in command or "--out warning.jsonl" in command or "dose" in command:
+            assert run_short(toolrl, command) == 0
+    capsys.readouterr()
+    ran = 0
+    for snippet in fenced("python"):
+        if not snippet.startswith("# check"):
+            exec(compile(snippet.replace("eval_episodes=600", "eval_episodes=20"), "README.md", "exec"), {})
+            ran += 1
+            assert len(capsys.readouterr().out) > 20
+    assert ran >= 3
+
+
+def patched(diff):
+    """toolrl with a diff of the README applied: its context has to be found, exactly once."""
+    with open(os.path.join(HERE, "toolrl.py"), encoding="utf-8") as file:
+        source = file.read()
+    for hunk in re.split(r"^@@\n", diff, flags=re.MULTILINE):
+        lines = hunk.splitlines(keepends=True)
+        old = "".join(line[1:] or "\n" for line in lines if not line.startswith("+"))
+        new = "".join(line[1:] or "\n" for line in lines if not line.startswith("-"))
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    module = types.ModuleType("toolrl")
+    sys.modules["toolrl"] = module  # dataclasses look their module up; the caller puts the real one back
+    exec(compile(source, "patched toolrl.py", "exec"), module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize("diff", fenced("diff"))
+def test_slow_every_diff_of_the_readme_applies_and_runs(elsewhere, monkeypatch, base, diff):
+    monkeypatch.setitem(sys.modules, "toolrl", toolrl)
+    module = patched(diff)
+    monkeypatch.setattr(module, "train_base", lambda *_: (copy.deepcopy(base), 60))
+    assert run_short(module, "python toolrl.py --arms rl,interleaved") == 0
+
+
+@pytest.mark.parametrize("check", [text for text in fenced("python") if text.startswith("# check")])
+def test_slow_the_check_of_an_exercise_accepts_its_answer_and_nothing_less(elsewhere, monkeypatch, check):
+    monkeypatch.setitem(sys.modules, "toolrl", toolrl)
+    with pytest.raises((AssertionError, AttributeError)):
+        exec(compile(check, "check", "exec"), {})
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        answer = re.search(r"^```diff\n(.*?)^```", file.read().split(check)[1], re.DOTALL | re.MULTILINE)
+    patched(answer[1])
+    exec(compile(check, "check", "exec"), {})
 
 
 def test_slow_the_full_story(tmp_path):

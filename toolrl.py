@@ -1320,4 +1320,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if "ipykernel" in sys.modules:  # the cells of a notebook: the command line is the kernel's, not ours
+        main([])
+    else:
+        sys.exit(main())
