@@ -173,6 +173,30 @@ def test_a_broken_tasks_file_is_one_line_that_names_the_place(tmp_path, capsys, 
     assert said in error and str(path) in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "variants, said",
+    [
+        ({"x": {"nowhere": "y"}}, "variants.x: 'nowhere' does not stand in the file"),
+        ({"x": {"<tool_call>": "a b"}}, "variants.x: formats: a delimiter is one <word>"),
+        ({"x": {"mentor": "friend"}}, "variants.x: "),
+        ({"x": {"{": ""}}, "variants.x: "),
+        ({"x": {"mentor": 3}}, "variants.x: "),
+        ({"x": ["mentor"]}, "variants.x: "),
+        (["x"], "variants is missing, empty or not a dict"),
+    ],
+)
+def test_a_broken_variant_is_one_line_that_names_it(tmp_path, capsys, variants, said):
+    with open(TASKS, encoding="utf-8") as file:
+        tree = json.load(file)
+    path = tmp_path / "tasks.json"
+    path.write_text(json.dumps(tree | {"variants": variants}))
+    assert toolrl.main(["--tasks", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    path.write_text(json.dumps({key: value for key, value in tree.items() if key != "variants"}))
+    assert toolrl.load_world(str(path)).variants == {}
+
+
 # %% Tokenizer and messages
 
 
@@ -940,9 +964,11 @@ def test_the_seeds_table_counts_and_averages():
 
 
 def test_the_warning_comes_when_stray_tokens_have_grown_by_half():
-    assert not any(toolrl.warns([0.1, 0.1, 0.1, 0.14][:k]) for k in range(5))
-    assert toolrl.warns([0.1, 0.1, 0.1, 0.12, 0.16]) and not toolrl.warns([0.9, 0.9, 0.9, 0.9])
-    assert not toolrl.warns([0.1, 0.1, 0.1, 0.12, 0.16, 0.18]) and not toolrl.warns([0.1, 0.1, 0.1, 0.16, 0.12])
+    assert not any(toolrl.early_warning([0.1, 0.1, 0.1, 0.14][:k]) for k in range(5))
+    assert toolrl.early_warning([0.1, 0.1, 0.1, 0.12, 0.16]) and not toolrl.early_warning([0.9, 0.9, 0.9, 0.9])
+    assert not toolrl.early_warning([0.1, 0.1, 0.1, 0.12, 0.16, 0.18]) and not toolrl.early_warning(
+        [0.1, 0.1, 0.1, 0.16, 0.12]
+    )
 
 
 def test_the_spike_is_marked_and_rows_are_aligned():
@@ -1011,10 +1037,10 @@ def test_the_stress_test_has_a_column_for_each_policy(quick, capsys):
 
 
 def test_a_warning_is_printed_once_an_arm(quick, monkeypatch, capsys):
-    monkeypatch.setattr(toolrl, "warns", lambda strays: len(strays) == 2)
+    monkeypatch.setattr(toolrl, "early_warning", lambda strays: "stray tokens" if len(strays) == 2 else None)
     quick("--steps", "4", "--arms", "rl")
     out = capsys.readouterr().out
-    assert out.count("warning") == 1 and "rl             2  early warning: in rollouts, P(a control" in out
+    assert out.count("warning") == 1 and "rl             2  early warning: in rollouts, stray tokens" in out
 
 
 def test_plot_draws_or_says_what_is_missing(quick, monkeypatch, tmp_path, capsys):
@@ -1081,6 +1107,52 @@ def test_interrupt_leaves_what_was_measured(quick, monkeypatch, capsys):
     code, events = quick()
     assert code == 130 and [event["event"] for event in events] == ["config", "eval", "step", "eval"]
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arm, step", [("rl", 1), ("interleaved", 2)])
+def test_a_loss_that_is_nan_names_arm_and_step(quick, monkeypatch, capsys, arm, step):
+    real, calls = toolrl.optimise, []
+
+    def optimise(policy, optimizer, loss):
+        calls.append(1)
+        return real(policy, optimizer, loss * (math.nan if len(calls) > 4 * (step - 1) else 1))
+
+    monkeypatch.setattr(toolrl, "optimise", optimise)
+    code, events = quick("--arms", arm)
+    error = capsys.readouterr().err
+    assert code == 1 and f"{arm}, RL step {step}: the loss is nan" in error and error.count("\n") == 1
+    assert events[-1]["event"] == "eval" and events[-1]["step"] == step - 1
+
+
+def test_a_closed_pipe_and_a_full_disk_are_one_line(elsewhere, monkeypatch):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    short = [sys.executable, os.path.join(HERE, "toolrl.py"), "--base-steps", "1", "--eval-episodes", "1"]
+    full = subprocess.run([*short, "--out", "/dev/full"], capture_output=True, text=True)
+    assert full.returncode == 1 and full.stderr == "toolrl: [Errno 28] No space left on device\n"
+    program = "import sys, toolrl; toolrl.train_base = lambda *_: print('x' * 100_000, flush=True); toolrl.main([])"
+    closed = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": HERE},
+    )
+    closed.stdout.readline()
+    closed.stdout.close()
+    assert closed.stderr.read() == "toolrl: stopped: whoever read the output has closed it\n"
+
+
+def test_no_network_is_touched(quick, monkeypatch):
+    import socket
+
+    def blocked(*_, **__):
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", blocked)
+    monkeypatch.setattr(socket, "create_connection", blocked)
+    monkeypatch.setattr(socket, "getaddrinfo", blocked)
+    assert quick("--stress")[0] == 0
 
 
 def test_a_base_that_is_not_ready_says_so(monkeypatch, capsys):

@@ -155,6 +155,36 @@ def read_task(question, place, keys, people, wording):
     return Task(question, tuple(reversed(tools)), name[0] if name[0] in people else None)
 
 
+def check_words(keys, people, formats, wording):
+    """Raise UserError unless each delimiter, name and word can be one token."""
+    for tag in (tag for fmt in formats.values() for tag in (fmt.open, fmt.close)):
+        if not re.fullmatch(r"<[^\s<>]+>", tag):
+            raise UserError(f"formats: a delimiter is one <word> in angle brackets, not {tag!r}")
+    for word in (*keys, *keys.values(), *people, *(word for phrase in wording.values() for word in phrase.split())):
+        if word not in BLANKS and not (isinstance(word, str) and re.fullmatch(r'[^\s"\\<>{}]+', word)):
+            raise UserError(f"{word!r} would be more than one token: use one word, no quotes, no brackets")
+
+
+def read_splits(tree, keys, people, wording):
+    """Parse the questions of each split. Raises UserError for one that leaks from one split into another."""
+    splits, home = {}, {}
+    for split in ("train", "no_call.train", "heldout", "simple", "content_ood", "no_call.heldout"):
+        splits[split] = []
+        for i, question in enumerate(look_up(tree, f"splits.{split}", list)):
+            place = f"splits.{split}.{i}"
+            task = read_task(question, place, keys, people, wording)
+            if (task.person is None) != split.startswith("no_call"):
+                raise UserError(f"{place}: {question!r}: only the no_call splits hold questions that name nobody")
+            if home.setdefault(task, split) != split:
+                raise UserError(f"{place}: {question!r} is in two splits, the other is {home[task]}")
+            splits[split].append(task)
+    trained = {task.tools for split in ("train", "no_call.train") for task in splits[split]}
+    for task in splits["content_ood"]:
+        if task.tools in trained:
+            raise UserError(f"splits.content_ood: {task.question!r}: a train split has its tools in this order too")
+    return splits
+
+
 def vary(tree, changes):
     """The parsed tasks file with other texts in it. changes: text in the file -> text in its place"""
     text = json.dumps({key: value for key, value in tree.items() if key != "variants"}, ensure_ascii=False)
@@ -179,36 +209,16 @@ def check_world(tree):
     formats = {f: Format(*(look_up(tree, f"formats.{f}.{tag}", str) for tag in ("open", "close"))) for f in "AB"}
     phrases = "system link nobody question_end answer ask_back preamble".split()
     wording = {name: look_up(tree, f"wording.{name}", str) for name in phrases}
-    for tag in (tag for fmt in formats.values() for tag in (fmt.open, fmt.close)):
-        if not re.fullmatch(r"<[^\s<>]+>", tag):
-            raise UserError(f"formats: a delimiter is one <word> in angle brackets, not {tag!r}")
-    for word in (*keys, *keys.values(), *people, *(word for phrase in wording.values() for word in phrase.split())):
-        if word not in BLANKS and not (isinstance(word, str) and re.fullmatch(r'[^\s"\\<>{}]+', word)):
-            raise UserError(f"{word!r} would be more than one token: use one word, no quotes, no brackets")
+    check_words(keys, people, formats, wording)
     if len({*keys, *people, wording["nobody"]}) < len(tree["tools"]) + len(people) + 1:
         raise UserError(f"a name stands twice among the tools, the people and {wording['nobody']!r}")
-    splits, home = {}, {}
-    for split in ("train", "no_call.train", "heldout", "simple", "content_ood", "no_call.heldout"):
-        splits[split] = []
-        for i, question in enumerate(look_up(tree, f"splits.{split}", list)):
-            place = f"splits.{split}.{i}"
-            task = read_task(question, place, keys, people, wording)
-            if (task.person is None) != split.startswith("no_call"):
-                raise UserError(f"{place}: {question!r}: only the no_call splits hold questions that name nobody")
-            if home.setdefault(task, split) != split:
-                raise UserError(f"{place}: {question!r} is in two splits, the other is {home[task]}")
-            splits[split].append(task)
-    trained = {task.tools for split in ("train", "no_call.train") for task in splits[split]}
-    for task in splits["content_ood"]:
-        if task.tools in trained:
-            raise UserError(f"splits.content_ood: {task.question!r}: a train split has its tools in this order too")
     variants = {}
-    for name, changes in tree.get("variants", {}).items():
+    for name, changes in look_up(tree, "variants", dict).items() if "variants" in tree else ():
         try:
             variants[name] = check_world(vary(tree, changes))
         except (UserError, ValueError, AttributeError, TypeError) as error:
             raise UserError(f"variants.{name}: {error}")
-    return World(keys, order, people, formats, wording, splits, variants)
+    return World(keys, order, people, formats, wording, read_splits(tree, keys, people, wording), variants)
 
 
 def load_world(path):
@@ -934,13 +944,14 @@ def astray(event, token, due):
     return max(row[token] for at, row in event["p"].items() if due[at] != token)
 
 
-def warns(strays):
-    """Whether to warn now, as a training job would, once. strays: the signal "stray" of an arm's RL steps so far
+def early_warning(strays):
+    """What a training job could print, once, when it is time. strays: the signal "stray" of an arm's RL steps so far
 
-    It has grown by half some steps before success halves (README, "Early warning").
+    It has grown by half some steps before success halves (README, "Early warning"). -> a line, or None
     """
     grown = [stray >= 1.5 * fmean(strays[:3]) for stray in strays[3:]]
-    return sum(grown) == 1 and grown[-1]
+    if sum(grown) == 1 and grown[-1]:
+        return f"P(control token right after an opening tag) has grown from {fmean(strays[:3]):.2f} to {strays[-1]:.2f}"
 
 
 HEADINGS = """\
@@ -1235,23 +1246,27 @@ def train(settings, world, tokenizer, device, keep):
             left = (time.time() - begun) * max(0, 175 - step) / step
             print(f"\rbase: update {step}, loss {loss:.2f}, some {left:.0f} s left ", end="", flush=True)
 
-    base, updates = train_base(world, tokenizer, settings, device, progress)
-    line_start = "\r" if sys.stdout.isatty() else ""  # overwrites the progress
-    weights, words = base.num_parameters(), len(tokenizer)
-    print(f"{line_start}base: {weights} weights, {words} tokens, ready after {updates} SFT updates\n\n{HEADINGS}")
-    start = {"event": "eval", "arm": "base", "step": 0, "training": None}
-    record(start | evaluate(base, world, tokenizer, settings), base)
-    for name in settings.arms.split(","):
-        strays = []
-        for event, policy in train_arm(name, base, world, tokenizer, settings):
-            if event["event"] == "eval":
-                record(event, policy)
-                continue
-            keep(event)
-            strays.append(event["stray"])
-            if warns(strays):
-                print(f"{name:11} {event['step']:4}  early warning: in rollouts, P(a control token after {fmt.open}) "
-                      f"has grown from {fmean(strays[:3]):.2f} to {strays[-1]:.2f}")
+    where = "base"
+    try:
+        base, updates = train_base(world, tokenizer, settings, device, progress)
+        line_start = "\r" if sys.stdout.isatty() else ""  # overwrites the progress
+        weights, words = base.num_parameters(), len(tokenizer)
+        print(f"{line_start}base: {weights} weights, {words} tokens, ready after {updates} SFT updates\n\n{HEADINGS}")
+        start = {"event": "eval", "arm": "base", "step": 0, "training": None}
+        record(start | evaluate(base, world, tokenizer, settings), base)
+        for name in settings.arms.split(","):
+            strays, where = [], f"{name}, RL step 1"
+            for event, policy in train_arm(name, base, world, tokenizer, settings):
+                where = f"{name}, RL step {event['step'] + 1}"
+                if event["event"] == "eval":
+                    record(event, policy)
+                    continue
+                keep(event)
+                strays.append(event["stray"])
+                if warning := early_warning(strays):
+                    print(f"{name:11} {event['step']:4}  early warning: in rollouts, {warning}")
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{where}: {error}")
     return history, best
 
 
@@ -1313,6 +1328,9 @@ def main(argv=None):
         message, code = error, 2
     except KeyboardInterrupt:
         message, code = "stopped; what was measured until now is printed above and stands in --out", 130
+    except BrokenPipeError:  # as in python toolrl.py | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still unprinted has nowhere to go
+        message, code = "stopped: whoever read the output has closed it", 1
     except (NotReady, FloatingPointError, OSError) as error:
         message, code = error, 1
     print(f"toolrl: {message}", file=sys.stderr)
