@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -197,6 +198,41 @@ def test_a_broken_variant_is_one_line_that_names_it(tmp_path, capsys, variants, 
     assert toolrl.load_world(str(path)).variants == {}
 
 
+def test_random_damage_to_the_tasks_file_is_a_world_or_one_clear_line():
+    with open(TASKS, encoding="utf-8") as file:
+        whole = json.load(file)
+    for split, questions in whole["splits"].items():  # a few questions of each split, for speed
+        whole["splits"][split] = (
+            {k: q[:4] for k, q in questions.items()} if isinstance(questions, dict) else questions[:4]
+        )
+    rng, junk = (
+        random.Random(0),
+        [None, 3, -1.5, True, "", "x", "a b", "<x>", "{open}", [], {}, ["of"], {"of": 1}, "\ud800"],
+    )
+    broken = 0
+    for _ in range(10_000):
+        tree = copy.deepcopy(whole)
+        for _ in range(rng.randrange(1, 3)):
+            place = tree
+            while True:
+                key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+                if not isinstance(place[key], (dict, list)) or not place[key] or rng.random() < 0.3:
+                    break
+                place = place[key]
+            if rng.random() < 0.3:
+                del place[key]
+            else:
+                place[key] = copy.deepcopy(rng.choice(junk))
+            if not tree:
+                break
+        try:
+            toolrl.build_tokenizer(toolrl.check_world(tree))
+        except toolrl.UserError as error:
+            broken += 1
+            assert str(error) and "\n" not in str(error)
+    assert 3000 < broken < 10_000
+
+
 # %% Tokenizer and messages
 
 
@@ -331,6 +367,47 @@ def test_long_messages_and_endless_calls_end_unrewarded(world):
     episode = episode_of(world)
     answers = play(episode, *[f"<tool_call>{CALL}</tool_call>"] * toolrl.MAX_CALLS)
     assert episode.done and toolrl.blind_score(episode) == 0 and answers[-1] is None and None not in answers[:-1]
+
+
+def test_ten_thousand_random_messages_never_raise_and_never_earn_what_they_should_not(world):
+    rng = random.Random(0)
+    calls = [toolrl.call_json(world, tool, person) for tool in world.keys for person in world.people[:3]]
+    pieces = ["<tool_call>", "</tool_call>", "<function>", "</function>", END, "<|im_start|>", *calls, "", " ", "\n"]
+    pieces += [
+        '{"name": "',
+        '"}}',
+        "{",
+        "}",
+        '"',
+        "[" * 2000,
+        "\\",
+        "\u0000",
+        "\ud800",
+        "who do you mean ?",
+        "null",
+        "1e999",
+    ]
+    pieces += [
+        '{"name": 1, "arguments": {}}',
+        '{"name": "x", "name": "y", "arguments": []}',
+        "The answer is alice",
+        "<",
+        ">",
+    ]
+    for i in range(10_000):
+        message = "".join(rng.choices(pieces, k=rng.randrange(6)))
+        if rng.random() < 0.3:
+            message = f"<tool_call>{message}</tool_call>"
+        episode = episode_of(world, QUESTIONS[i % 3], seed=i % 7)
+        toolrl.respond(episode, message, finished=rng.random() < 0.9)
+        state, call = toolrl.classify(message, episode.fmt)
+        assert state in toolrl.STATES and (call is None) == (state != "healthy_call")
+        assert 0 <= toolrl.closed_score(episode) <= toolrl.blind_score(episode)
+        if episode.gold_calls:  # one message is a call or a reply, and both are needed
+            assert toolrl.blind_score(episode) == 0 and not toolrl.succeeded(episode)
+        else:
+            assert toolrl.blind_score(episode) == (episode.replied and not episode.calls)
+            assert not toolrl.succeeded(episode) or message == "who do you mean ?"
 
 
 def test_an_unknown_call_is_answered_with_an_error(world):

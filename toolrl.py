@@ -135,7 +135,10 @@ class World:
 def look_up(tree, path, kind):
     """look_up(tree, "formats.A.open", str) -> the value at that place of the tasks file."""
     for key in path.split("."):
-        tree = tree.get(key) if isinstance(tree, dict) else tree[int(key)] if isinstance(tree, list) else None
+        try:
+            tree = tree[int(key) if isinstance(tree, list) else key]
+        except (KeyError, IndexError, ValueError, TypeError):
+            tree = None
     if not isinstance(tree, kind) or not tree:
         raise UserError(f"{path} is missing, empty or not a {kind.__name__}")
     return tree
@@ -156,12 +159,12 @@ def read_task(question, place, keys, people, wording):
 
 
 def check_words(keys, people, formats, wording):
-    """Raise UserError unless each delimiter, name and word can be one token."""
+    """Raise UserError unless each delimiter, name and word can be one token (half of a character cannot)."""
     for tag in (tag for fmt in formats.values() for tag in (fmt.open, fmt.close)):
-        if not re.fullmatch(r"<[^\s<>]+>", tag):
+        if not re.fullmatch(r"<[^\s<>\ud800-\udfff]+>", tag):
             raise UserError(f"formats: a delimiter is one <word> in angle brackets, not {tag!r}")
     for word in (*keys, *keys.values(), *people, *(word for phrase in wording.values() for word in phrase.split())):
-        if word not in BLANKS and not (isinstance(word, str) and re.fullmatch(r'[^\s"\\<>{}]+', word)):
+        if word not in BLANKS and not (isinstance(word, str) and re.fullmatch(r'[^\s"\\<>{}\ud800-\udfff]+', word)):
             raise UserError(f"{word!r} would be more than one token: use one word, no quotes, no brackets")
 
 
@@ -1152,14 +1155,14 @@ def plot(stories, path):
             middle.plot(steps, [event["p_due"]["after_open"] for event in events], "tab:green")
             middle.plot(steps, [event["p"]["after_open"][END] for event in events], "tab:red")
         shares = [[fmean(event["states"][state] for event in events) for events in zip(*runs)] for state in STATES]
-        bottom.stackplot(steps, shares, labels=STATES)
+        bottom.stackplot(steps, shares)
         top.set_title(arm)
         bottom.set_xlabel("RL step")
-    labels = "success", f"after an opening tag: P({END}) red, P(what is due) green", "states of messages"
-    for axes, label in zip(grid[:, 0], labels):
+    for axes, label in zip(grid[:, 0], ("success", "P after an opening tag", "states of messages")):
         axes.set_ylabel(label)
     if arms:
-        grid[2, -1].legend(fontsize="small")
+        grid[1, -1].legend(["what is due", END])
+        grid[2, -1].legend(STATES)
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
