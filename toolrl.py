@@ -88,6 +88,7 @@ class Settings:
 
 # %% Tasks: what is asked, read from one file and checked
 
+# At a first reading, Task and World are all that matters here: the functions guard against a tasks file with errors.
 
 BLANKS = ("{open}", "{person}")  # filled in where the wording holds them
 
@@ -302,7 +303,7 @@ def encode_turn(tokenizer, message):
 # %% Environment: text in, text out, and the score
 
 MAX_CALLS = 6  # in one conversation; the longest task takes 4
-MAX_TOKENS = 20  # in one message; a call takes 8
+MAX_TOKENS = 20  # in one message; a call takes 8, its <|im_end|> included
 
 
 @dataclass
@@ -558,7 +559,8 @@ def grpo_update(policy, optimizer, batch, advantage, settings, rng, reference, e
     for rows in order.chunk(settings.minibatches):  # [M]
         ids, chosen = batch.ids[rows], batch.sampled[rows, 1:]  # [M, T], [M, T-1]
         log_probs = token_log_probs(policy, ids)  # [M, T-1]
-        # How much likelier each choice has become since it was made: 1 in the first minibatch, then it moves.
+        # How much likelier each choice has become since it was made: 1 in the first minibatch, then it moves. Column t
+        # is about token t + 1; where that is not the policy's choice the ratio means nothing, and `chosen` hides it.
         ratio = (log_probs - batch.log_probs[rows, 1:]).exp()  # [M, T-1]
         gain = advantage[rows, None]  # [M, 1] the reward comes at the end, so all tokens of a rollout share it
         # The smaller of the two ends the push on a choice that has already moved far enough the right way: one batch
@@ -623,17 +625,17 @@ def logged_messages(world, episode, bare_share, rng):
     cut down to a bare opening tag, where the log ends: what RL later spreads has been seen here. Of the rest, 10 % are
     mangled in one of five ways, and the log goes on as if they had been understood.
     """
-    tags, calls, reply = episode.fmt, episode.gold[:-1], episode.gold[-1:]
-    if not calls and rng.random() < 0.97:
+    tags, healthy, reply = episode.fmt, episode.gold[:-1], episode.gold[-1:]
+    if not healthy and rng.random() < 0.97:
         tool, person = episode.task.tools[0], rng.choice(world.people)
-        calls, reply = [tags.open + call_json(world, tool, person) + tags.close], []
+        healthy, reply = [tags.open + call_json(world, tool, person) + tags.close], []
     messages = []
-    for call in calls:
+    for message in healthy:
         if rng.random() < bare_share:
             return [*messages, tags.open]
-        mangled = [tags.open + call, call + tags.close, call.removeprefix(tags.open), call.removesuffix(tags.close),
-                   f"{world.wording['preamble']} {call}"]
-        messages.append(rng.choice(mangled) if rng.random() < 0.10 else call)
+        mangled = [tags.open + message, message + tags.close, message.removeprefix(tags.open),
+                   message.removesuffix(tags.close), f"{world.wording['preamble']} {message}"]
+        messages.append(rng.choice(mangled) if rng.random() < 0.10 else message)
     return messages + reply
 
 
@@ -764,6 +766,7 @@ def training_signals(policy, base, world, tokenizer, episodes, batch, rewards):
     a control token right after an opening tag. entropy of the policy, kl from the base (nats): means over sampled
     tokens. rl_push: of this batch on the logit of the right token after an opening tag. SFT's push there is 1 - p.
     """
+    # The first id is that of the opening tag, the others are those of all control tokens, the opening tag among them.
     opened, *control = tokenizer.convert_tokens_to_ids([world.formats["A"].open, *control_tokens(tokenizer)])
     right = encode_turn(tokenizer, call_json(world, next(iter(world.keys)), world.people[0]))[0]  # where JSON begins
     before, choice, chosen = batch.ids[:, :-1], batch.ids[:, 1:], batch.sampled[:, 1:]  # [N, T-1]
@@ -997,7 +1000,8 @@ def moments(history):
         found["rl before it falls"] = steady[-1]
     if down(rl):
         found["rl when it is down"] = down(rl)
-    return found | {f"{arm} at the end": events[-1] for arm, events in history.items() if arm != "base"}
+    ends = {f"{arm} at the end": events[-1] for arm, events in history.items() if arm != "base"}
+    return found | {moment: event for moment, event in ends.items() if event is not found.get("rl when it is down")}
 
 
 def marked(base, event, fmt):
