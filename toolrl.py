@@ -14,15 +14,6 @@ trains a tiny tool-calling policy (a policy is a model that acts), offline, in a
 The finding is from "Why Multi-Step Tool-Use Reinforcement Learning Collapses and How Supervisory Signals Fix It"
 (arXiv 2606.26027). No outcome is written into the code: every figure is measured in the run that prints it.
 
-Left out of GRPO as published (arXiv 2402.03300), and why:
-- The KL penalty is off unless --kl is given: it holds the policy near the base, and this file is about what happens
-  to a policy that is free to move.
-- The loss is the mean over all sampled tokens of a minibatch, not over each rollout first: a token then counts the
-  same in a short rollout as in a long one.
-- One pass over each batch of rollouts, in minibatches. The probability ratio leaves 1 after the first of them.
-- No reward model and no old policy kept in memory: a rule gives the reward, and the rollout keeps its
-  log-probabilities.
-
 In the comments, N is episodes, M rows of a batch, T tokens of the longest row, V tokens of the vocabulary.
 """
 
@@ -521,6 +512,16 @@ def rollout(policy, tokenizer, episodes, rng):
 
 
 # %% GRPO: reinforce what did better than its group
+
+# Play a task several times, and make what did better than the mean of the group likelier, token by token. Where this
+# departs from GRPO as published (arXiv 2402.03300), and why:
+# - The KL penalty is off unless --kl is given: it holds the policy near the base, and this file is about what happens
+#   to a policy that is free to move.
+# - The loss is the mean over all sampled tokens of a minibatch, not over each rollout first: a token then counts the
+#   same in a short rollout as in a long one.
+# - One pass over each batch of rollouts, in minibatches. The probability ratio leaves 1 after the first of them.
+# - No reward model and no old policy kept in memory: a rule gives the reward, and the rollout keeps its
+#   log-probabilities.
 
 
 def token_log_probs(policy, ids):
