@@ -733,6 +733,26 @@ def test_evaluations_use_held_out_tasks_only(world):
         assert [e.directory for e in episodes] == [e.directory for e in again]
 
 
+def test_each_probe_is_what_its_name_says(world):
+    def of(probe):
+        return toolrl.probe_episodes(world, probe, 64, 0)
+
+    assert {
+        probe: {e.written for e in of(probe)}
+        for probe in toolrl.PROBES
+        if probe.endswith(("fill_success", "ed_success"))
+    } == {
+        "prefill_success": {"prefill"},
+        "forced_success": {"format"},
+    }
+    assert sum(e.written != "nothing" for probe in toolrl.PROBES for e in of(probe)) == 128
+    assert [p for p in toolrl.PROBES if of(p)[0].fmt == world.formats["B"]] == ["format_b_success"]
+    assert all(len(e.gold_calls) == 1 for e in of("simple_success"))
+    assert all(not e.gold_calls for e in of("no_call_success"))
+    for probe in ("prefill_success", "forced_success", "format_b_success"):  # the same tasks, under other conditions
+        assert [e.task for e in of(probe)] == [e.task for e in of("success")]
+
+
 def test_a_transcript_is_what_was_said_with_the_probability_of_what_was_sampled(base, world, tokenizer, played):
     episodes, batch = played
     control = toolrl.control_tokens(tokenizer)
