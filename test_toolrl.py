@@ -993,6 +993,8 @@ def test_every_claim_can_be_reproduced_and_every_claim_can_fail():
     assert verdicts(fake_history(interleaved=weak))["fix"] is False
     free = [fake_event("interleaved", 1, 0.95, format_b=0.6)]
     assert verdicts(fake_history(interleaved=free))["tradeoff"] is False
+    worse_before = [fake_event("rl", 1, 0.5, format_b=0.2)] + fake_history()["rl"][1:]
+    assert verdicts(fake_history(rl=worse_before))["tradeoff"] is False
     assert verdicts({k: v for k, v in fake_history().items() if k != "rl"}).keys() == {"fix"}
 
 
@@ -1016,6 +1018,9 @@ def test_the_moments_of_a_story():
         "rl at the end": 4,
         "interleaved at the end": 4,
     }
+    slow = [fake_event("rl", k, success) for k, success in ((1, 0.49), (2, 0.47), (3, 0.5), (4, 0.05))]
+    assert toolrl.moments(fake_history(rl=slow))["rl before it falls"]["step"] == 1
+    assert "rl at the end" not in toolrl.moments(fake_history(rl=slow))  # it is the moment when rl is down
     steady = fake_history(rl=[fake_event("rl", 1, 0.6), fake_event("rl", 2, 0.5)])
     assert list(toolrl.moments(steady)) == ["base", "rl at the end", "interleaved at the end"]
 
