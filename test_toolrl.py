@@ -1138,6 +1138,14 @@ def test_the_stress_test_has_a_column_for_each_policy(quick, capsys):
     assert "another order of keys" in capsys.readouterr().out
 
 
+def test_the_stress_test_takes_each_arm_at_its_best(quick, monkeypatch):
+    real, successes = toolrl.evaluate, iter([0.5, 0.2, 0.9, 0.1, 0.3, 0.3, 0.2])
+    monkeypatch.setattr(toolrl, "evaluate", lambda *args: real(*args) | {"success": next(successes)})
+    _, events = quick("--stress", "--steps", "3")
+    (found,) = (event["success"] for event in events if event["event"] == "stress")
+    assert list(found) == ["base, step 0", "rl, step 2", "interleaved, step 2"]
+
+
 def test_a_warning_is_printed_once_an_arm(quick, monkeypatch, capsys):
     monkeypatch.setattr(toolrl, "early_warning", lambda strays: "stray tokens" if len(strays) == 2 else None)
     quick("--steps", "4", "--arms", "rl")
