@@ -890,6 +890,8 @@ def test_arms_differ_in_sft_and_nothing_else(quick, monkeypatch):
         assert all(pools) or name == "sft-then-rl"  # there is always a failure to learn from, but before the first step
     assert {event["arm"] for event in events if event["event"] == "eval"} == {"base", *toolrl.ARMS}
     assert all(seen[name] == seen["rl"] for name in toolrl.ARMS)
+    steps = [(tasks, state) for tasks, state in seen["rl"] if len(tasks) == 64]  # the others are evaluations
+    assert len(steps) == 3 and steps[0][0] != steps[1][0] != steps[2][0] and len({state for _, state in steps}) == 3
     assert all(torch.equal(a, b) for start in starts.values() for a, b in zip(start, starts["rl"]))
     assert updates == {
         "rl": ["grpo"] * 3,
@@ -1114,6 +1116,16 @@ def test_a_short_run_reports_what_the_issue_of_the_day_is(quick, capsys):
     assert capsys.readouterr().out.count("not reproduced") >= 4
 
 
+def test_an_evaluation_has_the_mean_of_the_signals_since_the_one_before(quick):
+    _, events = quick("--steps", "3", "--eval-every", "2", "--arms", "rl")
+    steps = [event for event in events if event["event"] == "step"]
+    first, second = (event["training"] for event in events if event["event"] == "eval" and event["arm"] == "rl")
+    for signal, value in first.items():
+        assert value == pytest.approx((steps[0][signal] + steps[1][signal]) / 2)
+        assert second[signal] == steps[2][signal]
+    assert first["gradient"] > 0 and len(first) == 8
+
+
 def test_one_seed_one_result(quick):
     first, second = (quick("--seed", "3", out=name)[1][:-1] for name in ("a", "b"))
     assert first == second
@@ -1158,6 +1170,11 @@ def test_plot_draws_or_says_what_is_missing(quick, monkeypatch, tmp_path, capsys
     pytest.importorskip("matplotlib")
     assert quick("--plot", str(path), "--seeds", "0-1")[0] == 0
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+    for bad in (os.path.join("no", "folder", "run.png"), str(tmp_path / "run.magic")):
+        capsys.readouterr()
+        code, events = quick("--plot", bad, out="unplotted")
+        error = capsys.readouterr().err
+        assert (code, events) == (2, []) and "name a file such as run.png" in error and error.count("\n") == 1
 
 
 def test_plot_without_matplotlib_is_one_line(quick, monkeypatch, tmp_path, capsys):
@@ -1186,8 +1203,6 @@ def test_plot_without_matplotlib_is_one_line(quick, monkeypatch, tmp_path, capsy
         (["--seeds", "3-1"], "'3-1' is neither a number nor a range"),
         (["--seeds", "1,,2"], "'' is neither a number nor a range"),
         (["--seeds", "-4"], "'-4' is neither"),
-        (["--plot", os.path.join("no", "folder", "run.png")], "name a file such as run.png"),
-        (["--plot", "run.magic"], "name a file such as run.png"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, said):
