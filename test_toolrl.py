@@ -1234,6 +1234,20 @@ def test_interrupt_leaves_what_was_measured(quick, monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_seed_whose_base_is_not_ready_is_left_out_of_several(quick, monkeypatch, capsys, base):
+    def train_base(world, tokenizer, settings, *_):
+        if settings.seed == 1:
+            raise toolrl.NotReady("not today")
+        return copy.deepcopy(base), 60
+
+    monkeypatch.setattr(toolrl, "train_base", train_base)
+    code, events = quick("--seeds", "0-2", "--arms", "rl")
+    printed = capsys.readouterr()
+    assert code == 0 and printed.err == "toolrl: seed 1 is left out: not today\n"
+    assert {event["seed"] for event in events if event["event"] == "eval"} == {0, 2}
+    assert "rl   2     " in printed.out.split("down-at")[1] and "rl   1     " not in printed.out.split("down-at")[1]
+
+
 @pytest.mark.parametrize("arm, step", [("rl", 1), ("interleaved", 2)])
 def test_a_loss_that_is_nan_names_arm_and_step(quick, monkeypatch, capsys, arm, step):
     real, calls = toolrl.optimise, []

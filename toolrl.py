@@ -1317,9 +1317,15 @@ def run(settings):
             print(f"toolrl: seed {seed}, {device}, {', '.join(map(' '.join, versions.items()))}, "
                   f"about {expected:.0f} s on a CPU")
             one, keep = replace(settings, seed=seed), partial(write, seed=seed)
-            stories[seed], best = train(one, world, tokenizer, device, keep)
+            try:
+                stories[seed], best = train(one, world, tokenizer, device, keep)
+            except NotReady as error:
+                if len(seeds) == 1:
+                    raise
+                print(f"toolrl: seed {seed} is left out: {error}", file=sys.stderr)
+                continue
             report(one, world, tokenizer, stories[seed], best, keep)
-        if len(seeds) > 1:
+        if len(stories) > 1:
             print(seeds_table(stories))
         if settings.plot:
             plot(stories, settings.plot)
