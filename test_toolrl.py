@@ -22,6 +22,7 @@ from toolrl import END, PAD, Settings
 HERE = os.path.dirname(os.path.abspath(__file__))
 TASKS = os.path.join(HERE, "tiny_tasks.json")
 CALL = '{"name": "rival", "arguments": {"of": "bob"}}'
+SHORT = "--steps 2 --eval-every 1 --eval-episodes 8 --sft-every 1 --sft-steps 1".split()
 QUESTIONS = "rival of mentor of alice ?", "friend of bob ?", "rival of them ?"
 FORMAT_A = toolrl.Format("<tool_call>", "</tool_call>")
 
@@ -61,7 +62,7 @@ def quick(monkeypatch, base, tmp_path):
         path = tmp_path / out
         code = toolrl.main(
             [
-                *"--steps 2 --eval-every 1 --eval-episodes 8 --sft-every 1 --sft-steps 1".split(),
+                *SHORT,
                 *arguments,
                 "--out",
                 str(path),
@@ -1312,36 +1313,36 @@ def test_every_setting_has_a_flag_and_a_help_text(capsys):
 # %% README
 
 
+def text_of(name):
+    with open(os.path.join(HERE, name), encoding="utf-8") as file:
+        return file.read()
+
+
 def fenced(language):
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        return re.findall(rf"^```{language}\n(.*?)^```", file.read(), re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}\n(.*?)^```", text_of("README.md"), re.DOTALL | re.MULTILINE)
 
 
 def commands():
     """Every `python toolrl.py ...` of the README, in its code blocks and in its tables."""
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        text = file.read()
-    inline = re.findall(r"`(python toolrl\.py[^`\n]*)`", text)
+    text = text_of("README.md")
+    inline = [" ".join(found.split()) for found in re.findall(r"`(python\s+toolrl\.py[^`]*)`", text)]
     return list(
         dict.fromkeys(inline + [c for b in fenced("sh") for c in b.splitlines() if c.startswith("python toolrl.py")])
     )
 
 
 def banners():
-    with open(os.path.join(HERE, "toolrl.py"), encoding="utf-8") as file:
-        return re.findall(r"^# %% (.*?):", file.read(), re.MULTILINE)
+    return re.findall(r"^# %% (.*?):", text_of("toolrl.py"), re.MULTILINE)
 
 
 def test_the_sections_of_file_and_readme_bear_the_same_names():
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        story = file.read().split("## The story, section by section")[1].split("\n## ")[0]
+    story = text_of("README.md").split("## The story, section by section")[1].split("\n## ")[0]
     assert re.findall(r"^### (.*)$", story, re.MULTILINE) == banners() and len(banners()) == 12
 
 
 def test_the_cells_run_one_after_another_in_a_notebook(elsewhere, monkeypatch, base, capsys):
     """As an editor runs them: one namespace, __name__ is __main__, and the arguments of the kernel in sys.argv."""
-    with open(os.path.join(HERE, "toolrl.py"), encoding="utf-8") as file:
-        source = file.read().replace("= knob(40,", "= knob(2,").replace("= knob(128,", "= knob(8,")
+    source = text_of("toolrl.py").replace("= knob(40,", "= knob(2,").replace("= knob(128,", "= knob(8,")
     monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     cells, namespace = re.split(r"^(?=# %% )", source, flags=re.MULTILINE), {"__name__": "__main__"}
@@ -1350,9 +1351,6 @@ def test_the_cells_run_one_after_another_in_a_notebook(elsewhere, monkeypatch, b
             namespace["train_base"] = toolrl.train_base
         exec(compile(cell, cell.splitlines()[0], "exec"), namespace)
     assert len(cells) == 13 and "claim" in capsys.readouterr().out
-
-
-SHORT = "--steps 2 --eval-every 1 --eval-episodes 8 --sft-every 1 --sft-steps 1".split()
 
 
 def run_short(module, command):
@@ -1386,7 +1384,7 @@ def test_slow_every_command_of_the_readme_runs(elsewhere, command):
 
 def test_slow_the_readmes_snippets_run_on_the_files_of_its_commands(elsewhere, capsys, monkeypatch):
     for command in commands():
-        if "--out all.jsonl" in command or "--out warning.jsonl" in command or "dose" in command:
+        if "--out all.jsonl" in command or "--out warning.jsonl" in command:
             assert run_short(toolrl, command) == 0
     capsys.readouterr()
     ran = 0
@@ -1400,8 +1398,7 @@ def test_slow_the_readmes_snippets_run_on_the_files_of_its_commands(elsewhere, c
 
 def patched(diff):
     """toolrl with a diff of the README applied: its context has to be found, exactly once."""
-    with open(os.path.join(HERE, "toolrl.py"), encoding="utf-8") as file:
-        source = file.read()
+    source = text_of("toolrl.py")
     for hunk in re.split(r"^@@\n", diff, flags=re.MULTILINE):
         lines = hunk.splitlines(keepends=True)
         old = "".join(line[1:] or "\n" for line in lines if not line.startswith("+"))
@@ -1427,8 +1424,7 @@ def test_slow_the_check_of_an_exercise_accepts_its_answer_and_nothing_less(elsew
     monkeypatch.setitem(sys.modules, "toolrl", toolrl)
     with pytest.raises((AssertionError, AttributeError)):
         exec(compile(check, "check", "exec"), {})
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        answer = re.search(r"^```diff\n(.*?)^```", file.read().split(check)[1], re.DOTALL | re.MULTILINE)
+    answer = re.search(r"^```diff\n(.*?)^```", text_of("README.md").split(check)[1], re.DOTALL | re.MULTILINE)
     patched(answer[1])
     exec(compile(check, "check", "exec"), {})
 

@@ -183,6 +183,8 @@ def read_splits(tree, keys, people, wording):
 def vary(tree, changes):
     """The parsed tasks file with other texts in it. changes: text in the file -> text in its place"""
     text = json.dumps({key: value for key, value in tree.items() if key != "variants"}, ensure_ascii=False)
+    if not isinstance(changes, dict) or not all(isinstance(new, str) for new in changes.values()):
+        raise UserError("a variant is an object of texts, each with the text that takes its place")
     for old, new in changes.items():
         if old not in text:
             raise UserError(f"{old!r} does not stand in the file")
@@ -211,7 +213,7 @@ def check_world(tree):
     for name, changes in look_up(tree, "variants", dict).items() if "variants" in tree else ():
         try:
             variants[name] = check_world(vary(tree, changes))
-        except (UserError, ValueError, AttributeError, TypeError) as error:
+        except (UserError, ValueError) as error:
             raise UserError(f"variants.{name}: {error}")
     return World(keys, order, people, formats, wording, read_splits(tree, keys, people, wording), variants)
 
@@ -255,17 +257,17 @@ def build_tokenizer(world, known=()):
     tags = [tag for fmt in world.formats.values() for tag in (fmt.open, fmt.close)]
     control = ["<|im_start|>", END, *tags, "<tool_response>", "</tool_response>"]
     blank_calls = [call_json(world, tool, "<>").replace(f': "{tool}"', ': "<>"') for tool in world.keys]
-    json_pieces = [piece for call in blank_calls for piece in call.split("<>")]
+    json_pieces = dict.fromkeys(piece for call in blank_calls for piece in call.split("<>"))  # no repeats, in order
     phrases = [word for phrase in world.wording.values() for word in phrase.split() if word not in BLANKS]
     words = ["system", "user", "assistant", "tool", UNKNOWN, *phrases, *world.people, *world.keys]
-    vocabulary = dict.fromkeys([*known, PAD, *control, *json_pieces, *words])  # a dict drops repeats, keeps the order
+    vocabulary = dict.fromkeys([*known, PAD, *control, *json_pieces, *words])
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     # Decoding puts a space before each word, then takes it away at the start, and behind quotes and tags.
     space, unspace = decoders.Replace(Regex(r'^(?=[^<{"])'), " "), decoders.Replace(Regex(r'^ |(?<=[">]) '), "")
     core.decoder = decoders.Sequence([space, decoders.Fuse(), unspace])
     core.add_special_tokens([PAD, *control])
-    core.add_tokens([AddedToken(piece, normalized=False) for piece in dict.fromkeys(json_pieces)])
+    core.add_tokens([AddedToken(piece, normalized=False) for piece in json_pieces])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token=PAD, eos_token=END, additional_special_tokens=control,
         chat_template=CHAT_TEMPLATE,
@@ -308,7 +310,7 @@ class Episode:
     gold_calls: list  # the calls that answer the question, as canonical JSON, in order
     gold: list  # the policy's messages in a perfect conversation: those calls, then the reply
     names: set  # the tools and people in them, which the policy has to find; the rest of a message is format
-    written: str  # what the harness writes in the policy's place: "nothing", or in a probe a "prefill" or the "format"
+    written: str  # what the harness writes for the policy: "nothing", but for the tests of what broke (see Probes)
     messages: list = field(default_factory=list)
     states: list = field(default_factory=list)
     calls: list = field(default_factory=list)
@@ -654,7 +656,8 @@ PROBES = {
     "content_ood_success": ("content_ood", "A", "nothing"),
     "no_call_success": ("no_call.heldout", "A", "nothing"),
 }
-STATES = ("healthy_call", "healthy_response", "text_pollution", "collapsed")
+BROKEN = ("text_pollution", "collapsed")
+STATES = ("healthy_call", "healthy_response", *BROKEN)
 
 
 def probe_episodes(world, probe, count, seed):
@@ -669,6 +672,11 @@ def run_probes(policy, world, tokenizer, settings, probes):
     played = {probe: probe_episodes(world, probe, settings.eval_episodes, settings.seed) for probe in probes}
     everyone = [episode for episodes in played.values() for episode in episodes]
     return played, rollout(policy, tokenizer, everyone, stream(settings.seed, "held-out sampling"))
+
+
+def success_rates(played):
+    """probe: its episodes, played -> probe: success"""
+    return {probe: fmean(map(succeeded, episodes)) for probe, episodes in played.items()}
 
 
 def due_tokens(fmt):
@@ -733,7 +741,7 @@ def evaluate(policy, world, tokenizer, settings):
     states = [state for episode in played["success"] for state in episode.states]
     shown = next((i for i, episode in enumerate(played["success"]) if len(episode.gold_calls) > 1), 0)
     return {
-        **{probe: fmean(map(succeeded, episodes)) for probe, episodes in played.items()},
+        **success_rates(played),
         "no_call_blind_score": fmean(map(blind_score, played["no_call_success"])),
         "states": {state: states.count(state) / len(states) for state in STATES},
         **control_probabilities(policy, world, tokenizer, settings.seed),
@@ -755,7 +763,7 @@ def stress(policy, world, tokenizer, settings):
             grown = copy.deepcopy(policy)
             grown.resize_token_embeddings(len(wider), mean_resizing=False)
         played, _ = run_probes(grown, varied, wider, settings, probes)
-        found[name] = {probe: fmean(map(succeeded, episodes)) for probe, episodes in played.items()}
+        found[name] = success_rates(played)
     return found
 
 
@@ -782,7 +790,7 @@ def training_signals(policy, base, world, tokenizer, episodes, batch, rewards):
     return {
         "reward": rewards.mean().item(),
         "equal_groups": (rewards == rewards[:, :1]).all(1).float().mean().item(),
-        "broken": fmean(state in ("text_pollution", "collapsed") for state in states),
+        "broken": fmean(state in BROKEN for state in states),
         "stray": mean(p[..., control].sum(-1), after),
         "entropy": mean(-(p * log_p).sum(-1), chosen),
         "kl": mean(batch.log_probs[:, 1:] - token_log_probs(base, batch.ids), chosen),
@@ -845,7 +853,7 @@ def train_base(world, tokenizer, settings, device, progress):
         progress(step, sft_update(policy, optimizer, *stack(policy, rows)))
         if step >= 150 and step % 25 == 0 or step == settings.base_steps:
             played, _ = run_probes(policy, world, tokenizer, settings, ["forced_success"])
-            forced = fmean(map(succeeded, played["forced_success"]))
+            forced = success_rates(played)["forced_success"]
         if forced >= 0.95:
             return policy, step
     raise NotReady(f"the base is not ready after {step} updates: forced success is {forced:.2f}, 0.95 is needed; "
@@ -982,6 +990,11 @@ def table_row(event, base, fmt):
     ])
 
 
+def arms_of(history):
+    """What was done with the base, in the order in which it was run."""
+    return [arm for arm in history if arm != "base"]
+
+
 def down(events):
     """The first evaluation with success at 0.05 or below, None if there is none."""
     return next((event for event in events if event["success"] <= 0.05), None)
@@ -1001,7 +1014,7 @@ def moments(history):
         found["rl before it falls"] = steady[-1]
     if down(rl):
         found["rl when it is down"] = down(rl)
-    ends = {f"{arm} at the end": events[-1] for arm, events in history.items() if arm != "base"}
+    ends = {f"{arm} at the end": history[arm][-1] for arm in arms_of(history)}
     return found | {moment: event for moment, event in ends.items() if event is not found.get("rl when it is down")}
 
 
@@ -1023,7 +1036,7 @@ def diagnose(event, base):
     """Tell a broken format from a lost skill: the harness can write the format, but it cannot write the skill."""
     if event["forced_success"] < 0.8 * base["forced_success"]:
         return "the skill is damaged"
-    if event["success"] <= 0.05:
+    if down([event]):
         return "format, not skill"
     return "sound" if event["success"] >= 0.8 * event["forced_success"] else "a shaky format"
 
@@ -1057,9 +1070,9 @@ def chart(history, fmt):
     (base,), told = history["base"], moments(history)
     at, token = marked(base, told.get("rl when it is down", [*told.values()][-1]), fmt)
     rows = [["arm", "success", "broken messages", f"P({token}) at {at}"]]
-    for arm in [arm for arm in history if arm != "base"]:
-        measured = [(event["success"], event["states"]["text_pollution"] + event["states"]["collapsed"],
-                     event["p"][at][token]) for event in (base, *history[arm])]
+    for arm in arms_of(history):
+        measured = [(event["success"], sum(event["states"][state] for state in BROKEN), event["p"][at][token])
+                    for event in (base, *history[arm])]
         rows.append([arm, *("".join(" ▁▂▃▄▅▆▇█"[round(8 * value)] for value in values) for values in zip(*measured))])
     return table(rows)
 
@@ -1094,7 +1107,7 @@ def judge(history, fmt):
         found["intact"] = now >= 0.8 * old, dict(start=old, now=now, **when)
     if fixed:
         final, lowest = fixed[-1]["success"], min(event["success"] for event in fixed)
-        found["fix"] = final >= 0.9 and lowest > 0.05, dict(start=start, final=final, lowest=lowest)
+        found["fix"] = final >= 0.9 and not down(fixed), dict(start=start, final=final, lowest=lowest)
     if rl and fixed:
         steady = told.get("rl before it falls", rl[-1])
         old, before, final = (event["format_b_success"] for event in (base, steady, fixed[-1]))
@@ -1117,7 +1130,7 @@ def verdict_table(found):
 def seeds_table(stories):
     """A row for each arm and seed, then how many, their mean and standard deviation. stories: seed -> history"""
     rows = ["arm seed start down-at forced-there end format-B B-at-the-end collapsed".split()]
-    for arm in [arm for arm in next(iter(stories.values())) if arm != "base"]:
+    for arm in arms_of(next(iter(stories.values()))):
         figures = []
         for seed, history in stories.items():
             (base,), events, there = history["base"], history[arm], down(history[arm]) or {}
@@ -1149,7 +1162,7 @@ def plot(stories, path):
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
-    arms = [arm for arm in next(iter(stories.values()), {}) if arm != "base"]
+    arms = arms_of(next(iter(stories.values()), {}))
     figure = Figure(figsize=(4 + 4 * len(arms), 8), layout="constrained")
     grid = figure.subplots(3, len(arms) or 1, sharex=True, sharey=True, squeeze=False)
     for (top, middle, bottom), arm in zip(grid.T, arms):
@@ -1242,6 +1255,7 @@ def train(settings, world, tokenizer, device, keep):
     begun, fmt, history, best = time.time(), world.formats["A"], {}, {}
 
     def record(event, policy):
+        """Keep and print an evaluation, and the policy if it is the best of its arm so far."""
         evaluations = history.setdefault(event["arm"], [])
         evaluations.append(event)
         if event["success"] >= max(other["success"] for other in evaluations):
