@@ -430,8 +430,11 @@ def played(base, world, tokenizer):
 
 def test_rollout_keeps_the_ids_and_log_probs_that_were_sampled(base, played, tokenizer):
     episodes, batch = played
+    with torch.no_grad():
+        log_p = base(batch.ids[:, :-1]).logits.log_softmax(-1)
     log_probs = toolrl.token_log_probs(base, batch.ids).detach()
     chosen = batch.sampled[:, 1:]
+    assert torch.allclose(log_p[chosen], batch.log_p[:, 1:][chosen], atol=1e-3) and not batch.log_p[:, 0].any()
     assert torch.allclose(log_probs[chosen], batch.log_probs[:, 1:][chosen], atol=1e-4)
     assert (batch.log_probs[~batch.sampled] == 0).all() and (batch.log_probs[batch.sampled] < 0).all()
     for row, episode in enumerate(episodes):
@@ -605,7 +608,7 @@ def test_the_gradient_reaches_sampled_tokens_only(base, played, tokenizer, where
 )
 def test_the_clip_stops_choices_that_moved_far_enough_the_right_way(base, played, advantage, shift, stopped):
     _, batch = played
-    older = dataclasses.replace(batch, log_probs=batch.log_probs - shift * batch.sampled)  # the ratio is exp(shift)
+    older = dataclasses.replace(batch, log_p=batch.log_p - shift * batch.sampled[..., None])  # the ratio is exp(shift)
     distance = moved(base, after_update(base, older, torch.full((len(batch.ids),), advantage)))
     assert (distance == 0) == stopped
 
@@ -776,7 +779,7 @@ def test_training_signals_by_autograd(base, world, tokenizer):
     rewards = torch.tensor([[1.0, 0, 0] * 4, [1.0] * 12])
     advantage = toolrl.advantages(rewards).flatten()
     other = toolrl.new_policy(tokenizer, 1, "cpu")
-    signals = toolrl.training_signals(base, other, world, tokenizer, episodes, batch, rewards)
+    signals = toolrl.training_signals(world, tokenizer, episodes, batch, rewards)
     assert signals["reward"] == pytest.approx(16 / 24) and signals["equal_groups"] == 0.5
     opened, right = tokenizer.convert_tokens_to_ids([FORMAT_A.open, '{"name": "'])
     logits = base(batch.ids[:, :-1]).logits.detach().requires_grad_()
@@ -785,7 +788,7 @@ def test_training_signals_by_autograd(base, world, tokenizer):
     after = batch.sampled[:, 1:] & (batch.ids[:, :-1] == opened)
     (chosen_log_p * advantage[:, None])[after].sum().backward()
     assert after.any() and signals["rl_push"] == pytest.approx(
-        logits.grad[..., right].sum().item() / after.sum().item()
+        logits.grad[..., right].sum().item() / after.sum().item(), rel=1e-3
     )
     p = log_p.detach().exp()
     control = tokenizer.convert_tokens_to_ids(toolrl.control_tokens(tokenizer))
@@ -794,20 +797,20 @@ def test_training_signals_by_autograd(base, world, tokenizer):
     entropy = torch.distributions.Categorical(probs=p).entropy()[sampled].mean()
     assert signals["entropy"] == pytest.approx(entropy.item(), rel=1e-4)
     drift = chosen_log_p.detach() - toolrl.token_log_probs(other, batch.ids)
-    assert signals["kl"] == pytest.approx(drift[sampled].mean().item(), rel=1e-4) and signals["kl"] > 1
+    assert toolrl.drift(other, batch) == pytest.approx(drift[sampled].mean().item(), rel=1e-4)
+    assert toolrl.drift(other, batch) > 1 and toolrl.drift(base, batch) == pytest.approx(0, abs=1e-5)
     states = [state for episode in episodes for state in episode.states]
     assert signals["broken"] == sum(state in ("collapsed", "text_pollution") for state in states) / len(states)
-    still = toolrl.training_signals(base, base, world, tokenizer, episodes, batch, 0 * rewards)
-    assert still["equal_groups"] == 1
-    assert still["rl_push"] == 0 and still["kl"] == pytest.approx(0, abs=1e-5)
+    still = toolrl.training_signals(world, tokenizer, episodes, batch, 0 * rewards)
+    assert still["equal_groups"] == 1 and still["rl_push"] == 0
 
 
 def test_signals_exist_when_no_call_was_opened(world, tokenizer):
-    untrained = toolrl.new_policy(tokenizer, 0, "cpu")
     episodes = [episode_of(world), episode_of(world)]
-    batch = toolrl.Rollout(torch.ones(2, 9, dtype=torch.long), torch.ones(2, 9, dtype=torch.bool), torch.zeros(2, 9))
+    ids, log_p = torch.ones(2, 9, dtype=torch.long), torch.zeros(2, 9, len(tokenizer))
+    batch = toolrl.Rollout(ids, torch.ones(2, 9, dtype=torch.bool), log_p)
     episodes[0].states.append("collapsed")
-    signals = toolrl.training_signals(untrained, untrained, world, tokenizer, episodes, batch, torch.ones(1, 2))
+    signals = toolrl.training_signals(world, tokenizer, episodes, batch, torch.ones(1, 2))
     assert signals["stray"] == signals["rl_push"] == 0 and not any(map(math.isnan, signals.values()))
 
 
@@ -1121,10 +1124,17 @@ def test_an_evaluation_has_the_mean_of_the_signals_since_the_one_before(quick):
     _, events = quick("--steps", "3", "--eval-every", "2", "--arms", "rl")
     steps = [event for event in events if event["event"] == "step"]
     first, second = (event["training"] for event in events if event["event"] == "eval" and event["arm"] == "rl")
-    for signal, value in first.items():
-        assert value == pytest.approx((steps[0][signal] + steps[1][signal]) / 2)
+    for signal in first.keys() - {"kl"}:
+        assert first[signal] == pytest.approx((steps[0][signal] + steps[1][signal]) / 2)
         assert second[signal] == steps[2][signal]
     assert first["gradient"] > 0 and len(first) == 8
+
+
+def test_an_evaluation_has_the_divergence_of_the_last_rollouts(quick):
+    """Those of step 1 are sampled from the base itself, those of step 2 after an update."""
+    _, events = quick("--steps", "2", "--eval-every", "1", "--arms", "rl", "--lr", "0.003", "--warmup", "1")
+    first, second = (event["training"]["kl"] for event in events if event["event"] == "eval" and event["arm"] == "rl")
+    assert first == pytest.approx(0, abs=1e-5) and second > 1e-3
 
 
 def test_one_seed_one_result(quick):

@@ -108,7 +108,7 @@ class Task:
     person: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity, so that it can be the key of a cache
 class World:
     """The tasks file. keys: tool -> the name of its argument. order: of the keys in a call. splits: name -> its tasks.
 
@@ -242,6 +242,7 @@ CHAT_TEMPLATE = (
 )
 
 
+@lru_cache(maxsize=None)  # the directory of each episode asks for all there are
 def call_json(world, tool, person):
     """{"name": "rival", "arguments": {"of": "bob"}}"""
     call = {"name": tool, "arguments": {world.keys[tool]: person}}
@@ -431,7 +432,12 @@ class Rollout:
 
     ids: torch.Tensor  # [N, T]
     sampled: torch.Tensor  # [N, T] True where the policy chose the token: these carry the loss, no others
-    log_probs: torch.Tensor  # [N, T] log-probability of the choice when it was made, 0 elsewhere
+    log_p: torch.Tensor  # [N, T, V] log-probabilities of all tokens when the choice was made, 0 elsewhere
+
+    @property
+    def log_probs(self):
+        """Those of the chosen tokens. [N, T]"""
+        return self.log_p.gather(2, self.ids[..., None])[..., 0]
 
 
 def harness_token(tokenizer, episode, position):
@@ -490,27 +496,32 @@ def rollout(policy, tokenizer, episodes, rng):
     shared = min(map(len, prompts))  # this much of every prompt goes through the policy in one piece
     unread, turns = [deque(prompt[shared:]) for prompt in prompts], [[] for _ in episodes]
     ids = [list(prompt[:shared]) for prompt in prompts]
-    sampled, log_probs = [[False] * shared for _ in ids], [[0.0] * shared for _ in ids]
+    sampled, places, said = [[False] * shared for _ in ids], [], []  # places: (episode, position) of each choice
     rows, fed, cache = list(range(len(episodes))), ids, None  # rows: which episodes are in the batch
     while rows:
         output = policy(torch.tensor(fed, device=policy.device), past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         log_p = output.logits[:, -1].float().cpu().log_softmax(-1)  # [rows, V]
         choices = torch.multinomial(log_p.exp(), 1, generator=generator)  # [rows, 1]
-        choice_log_p = log_p.gather(1, choices)  # [rows, 1]
-        for i, choice, value in zip(rows, choices[:, 0].tolist(), choice_log_p[:, 0].tolist()):
+        choosing = []
+        for k, (i, choice) in enumerate(zip(rows, choices[:, 0].tolist())):
             if not episodes[i].done:
                 token, chosen = advance(tokenizer, episodes[i], unread[i], turns[i], choice)
+                if chosen:
+                    choosing.append(k)
+                    places.append((i, len(ids[i])))
                 ids[i].append(token)
                 sampled[i].append(chosen)
-                log_probs[i].append(value if chosen else 0.0)
+        said.append(log_p[choosing])  # [choices, V]
         going = [k for k, i in enumerate(rows) if not episodes[i].done]
         if len(going) <= 0.8 * len(rows):  # carrying finished episodes costs more than cutting them out of the cache
             cache.batch_select_indices(torch.tensor(going, dtype=torch.long, device=policy.device))
             rows = [rows[k] for k in going]
         fed = [ids[i][-1:] for i in rows]
-    device = policy.device
-    return Rollout(pad(ids, tokenizer.pad_token_id, device), pad(sampled, False, device), pad(log_probs, 0.0, device))
+    ids, sampled = pad(ids, tokenizer.pad_token_id, "cpu"), pad(sampled, False, "cpu")  # [N, T]
+    log_p = torch.zeros(*ids.shape, len(tokenizer))  # [N, T, V]
+    log_p[tuple(torch.tensor(places).T)] = torch.cat(said)
+    return Rollout(*(tensor.to(policy.device) for tensor in (ids, sampled, log_p)))
 
 
 # %% GRPO: reinforce what did better than its group
@@ -767,35 +778,40 @@ def stress(policy, world, tokenizer, settings):
     return found
 
 
-@torch.no_grad()
-def training_signals(policy, base, world, tokenizer, episodes, batch, rewards):
-    """What a training job can log of its rollouts before an update. rewards [groups, group_size] -> signal: value
+def training_signals(world, tokenizer, episodes, batch, rewards):
+    """What a training job can log of its rollouts at no cost, before an update. rewards [groups, group_size]
 
     equal_groups: share of groups without a gradient. broken: share of messages with stray tags. stray: probability of
-    a control token right after an opening tag. entropy of the policy, kl from the base (nats): means over sampled
-    tokens. rl_push: of this batch on the logit of the right token after an opening tag. SFT's push there is 1 - p.
+    a control token right after an opening tag. entropy of the policy (nats), mean over sampled tokens. rl_push: of
+    this batch on the logit of the right token after an opening tag. SFT's push there is 1 - p.
     """
     # The first id is that of the opening tag, the others are those of all control tokens, the opening tag among them.
     opened, *control = tokenizer.convert_tokens_to_ids([world.formats["A"].open, *control_tokens(tokenizer)])
     right = encode_turn(tokenizer, call_json(world, next(iter(world.keys)), world.people[0]))[0]  # where JSON begins
-    before, choice, chosen = batch.ids[:, :-1], batch.ids[:, 1:], batch.sampled[:, 1:]  # [N, T-1]
-    log_p = policy(before).logits.float().log_softmax(-1)  # [N, T-1, V]
-    p, after = log_p.exp(), chosen & (before == opened)  # after: where a call has been opened
-    push = advantages(rewards).view(-1, 1) * ((choice == right).float() - p[..., right])  # [N, T-1]
+    chosen = batch.sampled[:, 1:]  # [N, T-1], of which S are True
+    before, choice = batch.ids[:, :-1][chosen], batch.ids[:, 1:][chosen]  # [S]
+    log_p = batch.log_p[:, 1:][chosen]  # [S, V]
+    p, after = log_p.exp(), before == opened  # after: where a call has been opened
+    gain = advantages(rewards).view(-1, 1).expand_as(chosen)[chosen]  # [S]
     states = [state for episode in episodes for state in episode.states]
 
-    def mean(values, where):
-        return values[where].mean().item() if where.any() else 0.0
+    def mean_after(values):
+        return values[after].mean().item() if after.any() else 0.0
 
     return {
         "reward": rewards.mean().item(),
         "equal_groups": (rewards == rewards[:, :1]).all(1).float().mean().item(),
         "broken": fmean(state in BROKEN for state in states),
-        "stray": mean(p[..., control].sum(-1), after),
-        "entropy": mean(-(p * log_p).sum(-1), chosen),
-        "kl": mean(batch.log_probs[:, 1:] - token_log_probs(base, batch.ids), chosen),
-        "rl_push": mean(push, after),
+        "stray": mean_after(p[:, control].sum(-1)),
+        "entropy": -(p * log_p).sum(-1).mean().item(),
+        "rl_push": mean_after(gain * ((choice == right).float() - p[:, right])),
     }
+
+
+@torch.no_grad()
+def drift(base, batch):
+    """KL divergence from the base of the policy that sampled a batch: nats, mean over sampled tokens."""
+    return (batch.log_probs[:, 1:] - token_log_probs(base, batch.ids))[batch.sampled[:, 1:]].mean().item()
 
 
 # %% Arms: the base, and what is done with it
@@ -908,7 +924,8 @@ def train_arm(name, base, world, tokenizer, settings):
 
     Each step draws from streams of its own, so all arms meet the same tasks, directories and sampling seeds. An SFT
     phase comes before an RL step, never after the last: what is evaluated has been through RL since. The training
-    signals of an evaluation are the means over the steps since the one before.
+    signals of an evaluation are the means over the steps since the one before, but for kl, which costs a pass of the
+    base: it is that of the last rollouts.
     """
     arm, policy = ARMS[name], copy.deepcopy(base)
     failed, log = [], []  # episodes without reward since the last SFT, signals since the last evaluation
@@ -932,7 +949,7 @@ def train_arm(name, base, world, tokenizer, settings):
         scores = [arm.score(episode) for episode in episodes]
         failed += [episode for episode, score in zip(episodes, scores) if not score]
         rewards = torch.tensor(scores, device=policy.device).view(settings.groups, settings.group_size)
-        signals = training_signals(policy, base, world, tokenizer, episodes, batch, rewards)
+        signals = training_signals(world, tokenizer, episodes, batch, rewards)
         if arm.rl:
             extra_loss = partial(sft_loss, policy, *gold(draws["gold"])) if arm.sft == "within" else None
             signals["gradient"] = grpo_update(policy, rl_optimizer, batch, advantages(rewards).flatten(), settings,
@@ -940,7 +957,7 @@ def train_arm(name, base, world, tokenizer, settings):
         log.append(signals)
         yield {"event": "step", "arm": name, "step": step + 1} | signals, policy
         if (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps:
-            training = {signal: fmean(entry[signal] for entry in log) for signal in signals}
+            training = {signal: fmean(entry[signal] for entry in log) for signal in signals} | {"kl": drift(base, batch)}
             measured = evaluate(policy, world, tokenizer, settings)
             yield {"event": "eval", "arm": name, "step": step + 1, "training": training} | measured, policy
             log = []
