@@ -9,6 +9,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -882,7 +883,7 @@ def test_arms_differ_in_sft_and_nothing_else(quick, monkeypatch):
     monkeypatch.setattr(
         toolrl, "gold_batch", lambda *a: batches.setdefault(arm[0], []).append([*a[4]]) or real_gold(*a)
     )
-    code, events = quick("--arms", ",".join(toolrl.ARMS), "--steps", "3")
+    code, events = quick("--arms", ",".join(toolrl.ARMS), "--steps", "3", "--eval-every", "3")
     assert code == 0
     third = pytest.approx(0.3)  # three of ten warm-up steps
     same = {name: (0.0, third) for name in toolrl.ARMS if name != "sft"}
@@ -987,6 +988,10 @@ def test_every_claim_can_be_reproduced_and_every_claim_can_fail():
     assert verdicts(fake_history(rl=recovers))["collapse"] is False
     survives = [fake_event("rl", k, 0.6) for k in (1, 2, 3)]
     assert not any(verdicts(fake_history(rl=survives))[claim] for claim in ("collapse", "control_tokens", "intact"))
+    never_up = verdicts(fake_history(base=[fake_event("base", 0, 0.04)]))
+    assert not any(
+        never_up[claim] for claim in ("collapse", "control_tokens", "intact")
+    )  # there was nothing to fall from
     quiet = [fake_event("rl", k, 0.0, end=0.3) for k in (1, 2, 3)]
     assert verdicts(fake_history(rl=quiet))["control_tokens"] is False
     high_before = fake_history(base=[fake_event("base", 0, 0.6, end=0.3)])
@@ -1088,7 +1093,7 @@ def test_the_spike_is_marked_and_rows_are_aligned():
 # %% Command line
 
 
-def test_a_short_run_reports_what_the_issue_of_the_day_is(quick, capsys):
+def test_a_run_of_one_step_reproduces_no_collapse(quick, capsys):
     code, events = quick("--steps", "1")
     assert code == 0
     assert [event["event"] for event in events] == [
@@ -1096,7 +1101,8 @@ def test_a_short_run_reports_what_the_issue_of_the_day_is(quick, capsys):
         *["verdict"] * 5,
         "done",
     ]
-    assert not any(event["reproduced"] for event in events if event["event"] == "verdict" and event["claim"] != "fix")
+    found = {event["claim"]: event["reproduced"] for event in events if event["event"] == "verdict"}
+    assert not any(found[claim] for claim in ("collapse", "control_tokens", "intact"))  # the others may be, by chance
     assert [(e["arm"], e["step"]) for e in events if e["event"] == "eval"] == [
         ("base", 0),
         ("rl", 1),
@@ -1117,16 +1123,16 @@ def test_a_short_run_reports_what_the_issue_of_the_day_is(quick, capsys):
                 key
             ) in "success no_call_success forced_success simple_success format_b_success content_ood_success".split():
                 assert 0 <= event[key] <= 1
-    assert capsys.readouterr().out.count("not reproduced") >= 4
+    assert capsys.readouterr().out.count("not reproduced") >= 3
 
 
 def test_an_evaluation_has_the_mean_of_the_signals_since_the_one_before(quick):
     _, events = quick("--steps", "3", "--eval-every", "2", "--arms", "rl")
     steps = [event for event in events if event["event"] == "step"]
     first, second = (event["training"] for event in events if event["event"] == "eval" and event["arm"] == "rl")
-    for signal in first.keys() - {"kl"}:
-        assert first[signal] == pytest.approx((steps[0][signal] + steps[1][signal]) / 2)
-        assert second[signal] == steps[2][signal]
+    for name in first.keys() - {"kl"}:
+        assert first[name] == pytest.approx((steps[0][name] + steps[1][name]) / 2)
+        assert second[name] == steps[2][name]
     assert first["gradient"] > 0 and len(first) == 8
 
 
@@ -1138,9 +1144,9 @@ def test_an_evaluation_has_the_divergence_of_the_last_rollouts(quick):
 
 
 def test_one_seed_one_result(quick):
-    first, second = (quick("--seed", "3", out=name)[1][:-1] for name in ("a", "b"))
+    first, second = (quick("--seed", "3", "--arms", "interleaved", out=name)[1][:-1] for name in ("a", "b"))
     assert first == second
-    assert quick("--seed", "4")[1][1:-1] != first[1:]
+    assert quick("--seed", "4", "--arms", "interleaved", "--steps", "1")[1][1:2] != first[1:2]
 
 
 def test_several_seeds_are_the_runs_of_each(quick, capsys):
@@ -1230,19 +1236,47 @@ def test_broken_json_is_bad_input(tmp_path, capsys):
     assert "not valid JSON" in capsys.readouterr().err
 
 
-def test_interrupt_leaves_what_was_measured(quick, monkeypatch, capsys):
-    real, calls = toolrl.grpo_update, []
+STORY = "config eval step eval step eval verdict stress done".split()
+
+
+@pytest.mark.parametrize(
+    "phase, call, left",
+    [
+        ("load_world", 1, 0),  # Ctrl-C during the call number `call` of `phase` leaves the first `left` events
+        ("new_policy", 1, 1),
+        ("evaluate", 1, 1),
+        ("advance", 3000, 2),
+        ("optimise", 2, 2),
+        ("grpo_update", 2, 4),
+        ("gold_batch", 1, 4),
+        ("control_probabilities", 2, 3),
+        ("early_warning", 2, 5),
+        ("judge", 1, 6),
+        ("ladder", 1, 7),
+        ("stress", 2, 7),
+        ("stress_table", 1, 8),
+        ("plot", 2, 7),
+    ],
+)
+def test_ctrl_c_in_any_phase_leaves_what_was_measured(quick, monkeypatch, capsys, tmp_path, base, phase, call, left):
+    real, calls = getattr(toolrl, phase), []
 
     def interrupted(*args):
         calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
         return real(*args)
 
-    monkeypatch.setattr(toolrl, "grpo_update", interrupted)
-    code, events = quick()
-    assert code == 130 and [event["event"] for event in events] == ["config", "eval", "step", "eval"]
-    assert capsys.readouterr().err.count("\n") == 1
+    if phase == "plot":
+        pytest.importorskip("matplotlib")
+    if phase == "new_policy":  # inside the training of the base
+        monkeypatch.setattr(toolrl, "train_base", lambda *_: toolrl.new_policy())
+    monkeypatch.setattr(toolrl, phase, interrupted)
+    plot = ["--plot", str(tmp_path / "run.png")] if phase == "plot" else []
+    code, events = quick("--arms", "interleaved", *["--stress"] * phase.startswith("stress"), *plot)
+    assert code == 130 and [event["event"] for event in events] == STORY[:left]
+    error = capsys.readouterr().err
+    assert error.startswith("toolrl: stopped") and error.count("\n") == 1 and len(calls) == call
 
 
 def test_a_seed_whose_base_is_not_ready_is_left_out_of_several(quick, monkeypatch, capsys, base):
@@ -1277,20 +1311,14 @@ def test_a_loss_that_is_nan_names_arm_and_step(quick, monkeypatch, capsys, arm, 
 def test_a_closed_pipe_and_a_full_disk_are_one_line(elsewhere, monkeypatch):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
-    short = [sys.executable, os.path.join(HERE, "toolrl.py"), "--base-steps", "1", "--eval-episodes", "1"]
-    full = subprocess.run([*short, "--out", "/dev/full"], capture_output=True, text=True)
-    assert full.returncode == 1 and full.stderr == "toolrl: [Errno 28] No space left on device\n"
-    program = "import sys, toolrl; toolrl.train_base = lambda *_: print('x' * 100_000, flush=True); toolrl.main([])"
-    closed = subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": HERE},
-    )
+    closing = "import sys, toolrl; toolrl.train_base = lambda *_: print('x' * 100_000, flush=True); toolrl.main([])"
+    filling = "import toolrl; raise SystemExit(toolrl.main(['--out', '/dev/full']))"
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": HERE})
+    closed, full = (subprocess.Popen([sys.executable, "-c", code], **pipes) for code in (closing, filling))
     closed.stdout.readline()
     closed.stdout.close()
     assert closed.stderr.read() == "toolrl: stopped: whoever read the output has closed it\n"
+    assert full.communicate()[1] == "toolrl: [Errno 28] No space left on device\n" and full.returncode == 1
 
 
 def test_no_network_is_touched(quick, monkeypatch):

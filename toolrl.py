@@ -957,7 +957,8 @@ def train_arm(name, base, world, tokenizer, settings):
         log.append(signals)
         yield {"event": "step", "arm": name, "step": step + 1} | signals, policy
         if (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps:
-            training = {signal: fmean(entry[signal] for entry in log) for signal in signals} | {"kl": drift(base, batch)}
+            training = {signal: fmean(entry[signal] for entry in log) for signal in signals}
+            training["kl"] = drift(base, batch)
             measured = evaluate(policy, world, tokenizer, settings)
             yield {"event": "eval", "arm": name, "step": step + 1, "training": training} | measured, policy
             log = []
@@ -1115,7 +1116,8 @@ def judge(history, fmt):
     if rl:
         found["collapse"] = collapsed(rl, start), dict(start=start, highest=max(event["success"] for event in rl[-3:]))
         found["control_tokens"] = found["intact"] = False, {}
-    if fall := told.get("rl when it is down"):
+    fall = told.get("rl when it is down")
+    if fall and fall["success"] < start / 2:  # a base that was down already has not fallen
         at, token = marked(base, fall, fmt)
         old, now = base["p"][at][token], fall["p"][at][token]
         when = dict(step=fall["step"], success=fall["success"])
