@@ -1117,7 +1117,7 @@ def judge(history, fmt):
         found["collapse"] = collapsed(rl, start), dict(start=start, highest=max(event["success"] for event in rl[-3:]))
         found["control_tokens"] = found["intact"] = False, {}
     fall = told.get("rl when it is down")
-    if fall and fall["success"] < start / 2:  # a base that was down already has not fallen
+    if fall and not down([base]):  # else there was nothing to fall from
         at, token = marked(base, fall, fmt)
         old, now = base["p"][at][token], fall["p"][at][token]
         when = dict(step=fall["step"], success=fall["success"])
