@@ -1094,7 +1094,7 @@ def test_the_spike_is_marked_and_rows_are_aligned():
 
 
 def test_a_run_of_one_step_reproduces_no_collapse(quick, capsys):
-    code, events = quick("--steps", "1")
+    code, events = quick("--steps", "1", "--eval-episodes", "64")
     assert code == 0
     assert [event["event"] for event in events] == [
         *"config eval step eval step eval".split(),
