@@ -1420,6 +1420,12 @@ def test_slow_every_command_of_the_readme_runs(elsewhere, command):
         assert run_short(toolrl, command) == 0
 
 
+def shortened(snippet):
+    for long, short in (("eval_episodes=600", "eval_episodes=20"), ("REPEATS = 12", "REPEATS = 1")):
+        snippet = snippet.replace(long, short)
+    return snippet
+
+
 def test_slow_the_readmes_snippets_run_on_the_files_of_its_commands(elsewhere, capsys, monkeypatch):
     for command in commands():
         if "--out all.jsonl" in command or "--out warning.jsonl" in command:
@@ -1428,7 +1434,7 @@ def test_slow_the_readmes_snippets_run_on_the_files_of_its_commands(elsewhere, c
     ran = 0
     for snippet in fenced("python"):
         if not snippet.startswith("# check"):
-            exec(compile(snippet.replace("eval_episodes=600", "eval_episodes=20"), "README.md", "exec"), {})
+            exec(compile(shortened(snippet), "README.md", "exec"), {})
             ran += 1
             assert len(capsys.readouterr().out) > 20
     assert ran >= 3
