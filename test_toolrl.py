@@ -153,6 +153,7 @@ def also(question, *path):
         (also("rival of alice ?", "splits", "no_call", "train"), "only the no_call splits"),
         (also("rival of alice", "splits", "simple"), "does not read"),
         (also("alice ?", "splits", "simple"), "does not read"),
+        (also("rival of mentor of " * 3 + "alice ?", "splits", "simple"), "takes 6 calls"),
         (also(7, "splits", "simple"), "does not read"),
         (also("mary ann", "people"), "more than one token"),
         (also('"bob"', "people"), "more than one token"),
@@ -360,6 +361,17 @@ def test_scores_where_calls_are_due(world, make, blind, strict):
 )
 def test_scores_where_no_call_is_due(world, make, blind, strict):
     assert score(world, "rival of them ?", make) == (blind, strict)
+
+
+def test_a_call_is_the_same_call_in_any_order_of_its_keys(world):
+    for variant in (world, world.variants["another order of keys"]):
+        episode = episode_of(variant)
+        for call in episode.gold[:-1]:
+            turned = json.dumps(dict(reversed(json.loads(call[len("<tool_call>") : -len("</tool_call>")]).items())))
+            assert turned not in call
+            assert toolrl.respond(episode, f"<tool_call>{turned}</tool_call>") in world.people
+        toolrl.respond(episode, episode.gold[-1])
+        assert toolrl.succeeded(episode)
 
 
 def test_long_messages_and_endless_calls_end_unrewarded(world):
@@ -635,6 +647,30 @@ def test_a_loss_that_is_not_a_number_stops(base, played):
     _, batch = played
     with pytest.raises(FloatingPointError):
         after_update(base, batch, torch.full((len(batch.ids),), math.nan))
+
+
+def test_a_gradient_that_is_not_a_number_stops_before_it_is_taken(base):
+    policy = copy.deepcopy(base)
+    first = next(policy.parameters())
+    loss = (first - first.detach()).abs().sqrt().sum()  # 0, with a slope of 0/0
+    with pytest.raises(FloatingPointError, match="the loss is 0.0, its gradient nan"):
+        toolrl.optimise(policy, torch.optim.SGD(policy.parameters(), lr=1.0), loss)
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), base.parameters()))
+
+
+def test_a_policy_of_no_numbers_stops(base, world, tokenizer):
+    policy = copy.deepcopy(base)
+    next(policy.parameters()).data.fill_(math.inf)
+    with pytest.raises(FloatingPointError, match="probabilities"):
+        toolrl.rollout(policy, tokenizer, [episode_of(world)], toolrl.stream(0))
+
+
+def test_each_update_has_a_gradient_of_its_own(base):
+    """The same loss twice, at a learning rate of 0: nothing of the first gradient is left in the second."""
+    policy = copy.deepcopy(base)
+    optimizer, weight = torch.optim.SGD(policy.parameters(), lr=0.0), next(policy.parameters())
+    first, second = (toolrl.optimise(policy, optimizer, weight.square().sum()) for _ in range(2))
+    assert first == second > 1  # the gradient itself was clipped to 1
 
 
 # %% SFT
@@ -1078,6 +1114,7 @@ def test_the_seeds_table_counts_and_averages():
 
 def test_the_warning_comes_when_stray_tokens_have_grown_by_half():
     assert not any(toolrl.early_warning([0.1, 0.1, 0.1, 0.14][:k]) for k in range(5))
+    assert not toolrl.early_warning([0.0] * 4)
     assert toolrl.early_warning([0.1, 0.1, 0.1, 0.12, 0.16]) and not toolrl.early_warning([0.9, 0.9, 0.9, 0.9])
     assert not toolrl.early_warning([0.1, 0.1, 0.1, 0.12, 0.16, 0.18]) and not toolrl.early_warning(
         [0.1, 0.1, 0.1, 0.16, 0.12]
@@ -1220,6 +1257,7 @@ def test_plot_without_matplotlib_is_one_line(quick, monkeypatch, tmp_path, capsy
         (["--seeds", "3-1"], "'3-1' is neither a number nor a range"),
         (["--seeds", "1,,2"], "'' is neither a number nor a range"),
         (["--seeds", "-4"], "'-4' is neither"),
+        (["--seeds", "3-"], "'3-' is neither"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, said):
@@ -1267,6 +1305,7 @@ def test_ctrl_c_in_any_phase_leaves_what_was_measured(quick, monkeypatch, capsys
             signal.raise_signal(signal.SIGINT)
         return real(*args)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts jobs in the background without it
     if phase == "plot":
         pytest.importorskip("matplotlib")
     if phase == "new_policy":  # inside the training of the base
@@ -1291,6 +1330,16 @@ def test_a_seed_whose_base_is_not_ready_is_left_out_of_several(quick, monkeypatc
     assert code == 0 and printed.err == "toolrl: seed 1 is left out: not today\n"
     assert {event["seed"] for event in events if event["event"] == "eval"} == {0, 2}
     assert "rl   2     " in printed.out.split("down-at")[1] and "rl   1     " not in printed.out.split("down-at")[1]
+
+
+def test_several_seeds_and_no_base_ready_is_a_failed_run(quick, monkeypatch, capsys):
+    def train_base(*_):
+        raise toolrl.NotReady("not today")
+
+    monkeypatch.setattr(toolrl, "train_base", train_base)
+    code, events = quick("--seeds", "0,1")
+    assert code == 1 and "none of these seeds" in capsys.readouterr().err.splitlines()[-1]
+    assert [event["event"] for event in events] == ["config"]
 
 
 @pytest.mark.parametrize("arm, step", [("rl", 1), ("interleaved", 2)])

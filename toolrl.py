@@ -2,19 +2,25 @@
 
     python toolrl.py
 
-trains a tiny tool-calling policy (a policy is a model that acts), offline, in about a minute, and prints what happens:
+trains a tiny tool-calling policy (a policy is a model that acts), without a network, in about a minute, and prints what
+happens:
 
 - base: supervised fine-tuning (SFT) on the log of a careless agent. The skill is there, the format is shaky.
-- rl: from that base, reinforcement learning alone (GRPO, group relative policy optimisation). Success on tool tasks
-  falls to zero and stays there: the token that ends a message has taken the place of the token that is due. Behind
-  the broken format the skill is intact.
+- rl: from that base, reinforcement learning alone (GRPO, group relative policy optimisation). With most seeds, success
+  on tool tasks falls to zero and stays there: the token that ends a message has taken the place of the token that is
+  due. Behind the broken format the skill is intact.
 - interleaved: from the same base, the same RL with phases of SFT in between. It ends well above the base, and another
   call format, which the SFT never shows, pays for that.
 
 The finding is from "Why Multi-Step Tool-Use Reinforcement Learning Collapses and How Supervisory Signals Fix It"
 (arXiv 2606.26027). No outcome is written into the code: every figure is measured in the run that prints it.
 
-In the comments, N is episodes, M rows of a batch, T tokens of the longest row, V tokens of the vocabulary.
+The words: an episode is one conversation about a task, and a rollout is what was read and written in it. The harness is
+the program around the policy: it runs the calls and, at the end, gives the reward, 1 or 0. A group is the rollouts of
+one task. A gold conversation is a right one, from which SFT learns. The format of a call is its tags and its JSON, the
+skill is to pick the tool and the person. Control tokens are the tags and the marks that begin and end a message; a bare
+tag is an opening tag with no call behind it. In the comments, N is episodes, M rows of a batch, T tokens of the longest
+row, V tokens of the vocabulary.
 """
 
 import argparse
@@ -58,7 +64,7 @@ class Settings:
     groups: int = knob(8, "tasks", "different tasks in an RL step", 1)
     group_size: int = knob(8, "rollouts", "rollouts of each task: their mean reward is the baseline", 2)
     minibatches: int = knob(4, "updates", "RL updates from each batch of rollouts", 1)
-    clip: float = knob(0.2, "ratio", "how far a batch may move a token's probability ratio from 1", 0)
+    clip: float = knob(0.2, "ratio", "how far from 1 a token's probability ratio is still pushed", 0)
     kl: float = knob(0.0, "per nat", "weight of the penalty for moving away from the base", 0)
     sft_every: int = knob(5, "RL steps", "RL steps between two SFT phases", 1)
     sft_steps: int = knob(20, "updates", "SFT updates in a phase", 0)
@@ -79,9 +85,11 @@ class Settings:
 
 # %% Tasks: what is asked, read from one file and checked
 
-# At a first reading, Task and World are all that matters here: the functions guard against a tasks file with errors.
+# At a first reading, Format, Task and World are all that matters here: the functions guard against errors in the file.
 
 BLANKS = ("{open}", "{person}")  # filled in where the wording holds them
+MAX_CALLS = 6  # in one conversation; the longest task takes 4
+MAX_TOKENS = 20  # in one message; a call takes 8, its <|im_end|> included
 
 
 class UserError(Exception):
@@ -147,6 +155,8 @@ def read_task(question, place, keys, people, wording):
     for word, known, kind in [(tool, keys, "tool") for tool in tools] + [(name[0], persons, "person")]:
         if word not in known:
             raise UserError(f"{place}: {question!r}: unknown {kind} {word!r}; known are {', '.join(known)}")
+    if len(tools) >= MAX_CALLS:
+        raise UserError(f"{place}: {question!r} takes {len(tools)} calls, a conversation ends with call {MAX_CALLS}")
     return Task(question, tuple(reversed(tools)), name[0] if name[0] in people else None)
 
 
@@ -233,7 +243,7 @@ def load_world(path):
 
 # %% Tokenizer and messages: one id for each control token, and a chat template as a real checkpoint has
 
-END, PAD, UNKNOWN = "<|im_end|>", "<pad>", "error"
+END, PAD, UNKNOWN = "<|im_end|>", "<pad>", "error"  # UNKNOWN: the result of a call that cannot be answered
 
 # The layout of Qwen and Hermes. The line breaks are for people: white space has no token of its own.
 CHAT_TEMPLATE = (
@@ -244,7 +254,7 @@ CHAT_TEMPLATE = (
 
 @lru_cache(maxsize=None)  # the directory of each episode asks for all there are
 def call_json(world, tool, person):
-    """{"name": "rival", "arguments": {"of": "bob"}}"""
+    """A call as the policy is shown it: {"name": "rival", "arguments": {"of": "bob"}}"""
     call = {"name": tool, "arguments": {world.keys[tool]: person}}
     return json.dumps({key: call[key] for key in world.order})
 
@@ -296,9 +306,6 @@ def encode_turn(tokenizer, message):
 
 # %% Environment: text in, text out, and the score
 
-MAX_CALLS = 6  # in one conversation; the longest task takes 4
-MAX_TOKENS = 20  # in one message; a call takes 8, its <|im_end|> included
-
 
 @dataclass
 class Episode:
@@ -307,8 +314,8 @@ class Episode:
     task: Task
     fmt: Format
     opening: tuple  # (role, text) of the messages before the policy's first
-    directory: dict  # call, as canonical JSON -> its result
-    gold_calls: list  # the calls that answer the question, as canonical JSON, in order
+    directory: dict  # call, as read_call gives it -> its result
+    gold_calls: list  # the calls that answer the question, in order
     gold: list  # the policy's messages in a perfect conversation: those calls, then the reply
     names: set  # the tools and people in them, which the policy has to find; the rest of a message is format
     written: str  # what the harness writes for the policy: "nothing", but for the tests of what broke (see Probes)
@@ -319,32 +326,36 @@ class Episode:
     done: bool = False
 
 
+@lru_cache(maxsize=None)  # the same few hundred calls are read tens of thousands of times
+def read_call(text):
+    """A call as JSON with sorted keys: in whichever order they were written, it is the same call.
+
+    -> None if the text is not one call object and nothing else
+    """
+    try:
+        call = json.loads(text)
+        return json.dumps(call, sort_keys=True) if call.keys() == {"name", "arguments"} else None
+    except (ValueError, AttributeError, RecursionError):
+        return None
+
+
 def new_episode(world, task, rng, fmt="A", written="nothing"):
     """Draw a directory for the task and walk it: which calls it takes, and what reply they lead to."""
-    requests = [call_json(world, tool, person) for tool in world.keys for person in world.people]
+    requests = [read_call(call_json(world, tool, person)) for tool in world.keys for person in world.people]
     directory = dict(zip(requests, rng.choices(world.people, k=len(requests))))
-    tags, gold_calls, people = world.formats[fmt], [], [task.person]
+    tags, calls, people = world.formats[fmt], [], [task.person]
     for tool in task.tools if task.person else ():
-        gold_calls.append(call_json(world, tool, people[-1]))
-        people.append(directory[gold_calls[-1]])
+        calls.append(call_json(world, tool, people[-1]))
+        people.append(directory[read_call(calls[-1])])
     reply = world.wording["answer"].replace("{person}", people[-1]) if task.person else world.wording["ask_back"]
     # The system message names the format in force, as a tool description does.
     opening = ("system", world.wording["system"].replace("{open}", tags.open)), ("user", task.question)
-    gold = [*(tags.open + call + tags.close for call in gold_calls), reply]
-    return Episode(task, tags, opening, directory, gold_calls, gold, {*task.tools, *people}, written)
+    gold, names = [*(tags.open + call + tags.close for call in calls), reply], {*task.tools, *people}
+    return Episode(task, tags, opening, directory, [*map(read_call, calls)], gold, names, written)
 
 
 def tool_message(result):
     return "tool", f"<tool_response>{result}</tool_response>"
-
-
-def read_call(text):
-    """Canonical JSON of a call, or None if the text is not one call object and nothing else."""
-    try:
-        call = json.loads(text)
-        return json.dumps(call) if call.keys() == {"name", "arguments"} else None
-    except (ValueError, AttributeError, RecursionError):
-        return None
 
 
 def classify(message, fmt):
@@ -411,7 +422,7 @@ def stream(*purpose):
 
 
 def new_policy(tokenizer, seed, device):
-    """A fresh policy of some 85 thousand weights, which depend on the seed alone."""
+    """A fresh policy of some 85 thousand weights, which depend on the seed alone. It has no dropout to switch off."""
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
@@ -496,12 +507,14 @@ def rollout(policy, tokenizer, episodes, rng):
     shared = min(map(len, prompts))  # this much of every prompt goes through the policy in one piece
     unread, turns = [deque(prompt[shared:]) for prompt in prompts], [[] for _ in episodes]
     ids = [list(prompt[:shared]) for prompt in prompts]
-    sampled, places, said = [[False] * shared for _ in ids], [], []  # places: (episode, position) of each choice
+    sampled, places, offers = [[False] * shared for _ in ids], [], []  # places: (episode, position) of each choice
     rows, fed, cache = list(range(len(episodes))), ids, None  # rows: which episodes are in the batch
     while rows:
         output = policy(torch.tensor(fed, device=policy.device), past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         log_p = output.logits[:, -1].float().cpu().log_softmax(-1)  # [rows, V]
+        if log_p.isnan().any():
+            raise FloatingPointError("the policy's probabilities are not numbers; try a lower learning rate")
         choices = torch.multinomial(log_p.exp(), 1, generator=generator)  # [rows, 1]
         choosing = []
         for k, (i, choice) in enumerate(zip(rows, choices[:, 0].tolist())):
@@ -512,7 +525,7 @@ def rollout(policy, tokenizer, episodes, rng):
                     places.append((i, len(ids[i])))
                 ids[i].append(token)
                 sampled[i].append(chosen)
-        said.append(log_p[choosing])  # [choices, V]
+        offers.append(log_p[choosing])  # [choices, V]
         going = [k for k, i in enumerate(rows) if not episodes[i].done]
         if len(going) <= 0.8 * len(rows):  # carrying finished episodes costs more than cutting them out of the cache
             cache.batch_select_indices(torch.tensor(going, dtype=torch.long, device=policy.device))
@@ -520,7 +533,7 @@ def rollout(policy, tokenizer, episodes, rng):
         fed = [ids[i][-1:] for i in rows]
     ids, sampled = pad(ids, tokenizer.pad_token_id, "cpu"), pad(sampled, False, "cpu")  # [N, T]
     log_p = torch.zeros(*ids.shape, len(tokenizer))  # [N, T, V]
-    log_p[tuple(torch.tensor(places).T)] = torch.cat(said)
+    log_p[tuple(torch.tensor(places).T)] = torch.cat(offers)
     return Rollout(*(tensor.to(policy.device) for tensor in (ids, sampled, log_p)))
 
 
@@ -544,12 +557,12 @@ def token_log_probs(policy, ids):
 
 
 def optimise(policy, optimizer, loss):
-    """One step down the gradient, clipped to norm 1. -> the norm before. Raises FloatingPointError if loss is NaN."""
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss.item()}; a lower learning rate may help")
+    """One step down the gradient, clipped to norm 1. -> the norm before. Raises FloatingPointError for NaN."""
     optimizer.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    if not torch.isfinite(loss + norm):
+        raise FloatingPointError(f"the loss is {loss.item()}, its gradient {norm.item()}; try a lower learning rate")
     optimizer.step()
     return norm.item()
 
@@ -558,7 +571,7 @@ def advantages(rewards):
     """How much better than the mean of its group each rollout did. [groups, group_size] -> the same shape
 
     [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]]. Dividing by the spread makes one success among many failures count for
-    more, +2.5 in eight. Where all rewards are equal, won or lost, all advantages are 0: nothing to learn.
+    more, +2.5 in eight. Where all rewards are equal, won or lost, all advantages are 0, and so is the gradient.
     """
     spread = rewards.std(1, keepdim=True) + 1e-4  # [groups, 1]; never 0, so equal rewards do not give 0/0
     return (rewards - rewards.mean(1, keepdim=True)) / spread  # [groups, group_size]
@@ -781,12 +794,12 @@ def stress(policy, world, tokenizer, settings):
 def training_signals(world, tokenizer, episodes, batch, rewards):
     """What a training job can log of its rollouts at no cost, before an update. rewards [groups, group_size]
 
-    equal_groups: share of groups without a gradient. broken: share of messages with stray tags. stray: probability of
+    equal_groups: share of groups without a gradient. broken: share of messages in a BROKEN state. stray: probability of
     a control token right after an opening tag. entropy of the policy (nats), mean over sampled tokens. rl_push: of
     this batch on the logit of the right token after an opening tag. SFT's push there is 1 - p.
     """
-    # The first id is that of the opening tag, the others are those of all control tokens, the opening tag among them.
-    opened, *control = tokenizer.convert_tokens_to_ids([world.formats["A"].open, *control_tokens(tokenizer)])
+    opened = tokenizer.convert_tokens_to_ids(world.formats["A"].open)
+    control = tokenizer.convert_tokens_to_ids(control_tokens(tokenizer))
     right = encode_turn(tokenizer, call_json(world, next(iter(world.keys)), world.people[0]))[0]  # where JSON begins
     chosen = batch.sampled[:, 1:]  # [N, T-1], of which S are True
     before, choice = batch.ids[:, :-1][chosen], batch.ids[:, 1:][chosen]  # [S]
@@ -810,7 +823,7 @@ def training_signals(world, tokenizer, episodes, batch, rewards):
 
 @torch.no_grad()
 def drift(base, batch):
-    """KL divergence from the base of the policy that sampled a batch: nats, mean over sampled tokens."""
+    """How far the policy that sampled a batch is from the base: an estimate of the KL divergence, in nats a token."""
     return (batch.log_probs[:, 1:] - token_log_probs(base, batch.ids))[batch.sampled[:, 1:]].mean().item()
 
 
@@ -853,10 +866,10 @@ def set_lr(optimizer, lr):
 def train_base(world, tokenizer, settings, device, progress):
     """SFT from random weights until the skill is there. -> the policy, its number of updates
 
-    It is there when forced success on held-out tasks, asked for every 25 updates, reaches 0.95. Raises NotReady if it
-    does not within settings.base_steps.
+    It is there when forced success on held-out tasks, asked for every 25 updates from 150 on, reaches 0.95. Raises
+    NotReady if it does not within settings.base_steps.
     """
-    policy, rng, forced = new_policy(tokenizer, settings.seed, device), stream(settings.seed, "base"), 0.0
+    policy, rng = new_policy(tokenizer, settings.seed, device), stream(settings.seed, "base")
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(1, settings.base_steps + 1):
         # A short warm-up, then down to a fiftieth: small steps at the end settle what large ones have found.
@@ -870,8 +883,8 @@ def train_base(world, tokenizer, settings, device, progress):
         if step >= 150 and step % 25 == 0 or step == settings.base_steps:
             played, _ = run_probes(policy, world, tokenizer, settings, ["forced_success"])
             forced = success_rates(played)["forced_success"]
-        if forced >= 0.95:
-            return policy, step
+            if forced >= 0.95:
+                return policy, step
     raise NotReady(f"the base is not ready after {step} updates: forced success is {forced:.2f}, 0.95 is needed; "
                    "try --base-steps, --base-lr or --seed")
 
@@ -897,8 +910,9 @@ def rl_episodes(world, settings, rng):
 def gold_batch(policy, world, tokenizer, settings, failed, rng):
     """Gold conversations of tasks that RL has just failed: half with calls due, half without. -> ids, targets
 
-    If no task of a kind has failed, training tasks of that kind stand in: a batch of one kind alone would teach the
-    policy to treat everything in that way. Failed means no reward: a broken call that was rewarded is not in here.
+    If no task of a kind has failed, training tasks of that kind stand in, one-call tasks among them: a batch of one
+    kind alone would teach the policy to treat everything in that way. Failed means no reward: a broken call that was
+    rewarded is not in here.
     """
     pools = {
         "train": [episode for episode in failed if episode.gold_calls],
@@ -942,7 +956,7 @@ def train_arm(name, base, world, tokenizer, settings):
         for _ in range(phases * settings.sft_steps):
             sft_update(policy, sft_optimizer, *gold(draws["gold"]))
         if phases or arm.sft == "within":
-            failed.clear()  # what failed before the phase has been shown
+            failed.clear()  # the next phase is about what fails from here on
         set_lr(rl_optimizer, settings.lr * min(1, (step + 1) / settings.warmup))
         episodes = rl_episodes(world, settings, draws["tasks"])
         batch = rollout(policy, tokenizer, episodes, draws["sampling"])
@@ -982,7 +996,7 @@ def early_warning(strays):
 
     It has grown by half some steps before success halves (README, "Early warning"). -> a line, or None
     """
-    grown = [stray >= 1.5 * fmean(strays[:3]) for stray in strays[3:]]
+    grown = [stray > 1.5 * fmean(strays[:3]) for stray in strays[3:]]
     if sum(grown) == 1 and grown[-1]:
         return f"P(control token right after an opening tag) has grown from {fmean(strays[:3]):.2f} to {strays[-1]:.2f}"
 
@@ -1243,10 +1257,11 @@ def read_seeds(settings):
     """"0-3,7" -> [0, 1, 2, 3, 7]; without --seeds, what --seed says. Raises UserError for anything else."""
     seeds = []
     for part in settings.seeds.split(",") if settings.seeds else [f"{settings.seed}"]:
-        first, _, last = part.partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)):
+        ends = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
+        if first > last:
             raise UserError(f"--seeds {settings.seeds}: {part!r} is neither a number nor a range such as 0-9")
-        seeds += range(int(first), int(last or first) + 1)
+        seeds += range(first, last + 1)
     return list(dict.fromkeys(seeds))
 
 
@@ -1313,7 +1328,8 @@ def train(settings, world, tokenizer, device, keep):
 
 def report(settings, world, tokenizer, history, best, keep):
     """What follows the lines of one seed: diagnosis, conversations, verdicts, stress test, chart."""
-    fmt, found = world.formats["A"], judge(history, world.formats["A"])
+    fmt = world.formats["A"]
+    found = judge(history, fmt)
     for claim, (reproduced, figures) in found.items():
         keep({"event": "verdict", "claim": claim, "reproduced": reproduced, "figures": figures})
     print(ladder(history), transcripts(history, tokenizer), verdict_table(found), sep="\n")
@@ -1337,7 +1353,7 @@ def run(settings):
     if settings.plot:
         plot(stories, settings.plot)  # an empty one, to learn now whether that can be done
     versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__)
-    expected = 7 + len(arms) * (0.15 * settings.steps + 0.6 * settings.steps / settings.eval_every)  # as measured
+    expected = 7 + len(arms) * (0.2 * settings.steps + 0.6 * settings.steps / settings.eval_every)  # as measured
     config = {name: value for name, value in asdict(settings).items() if name not in ("out", "plot")}
     with open_out(settings.out) as out:
 
@@ -1358,6 +1374,8 @@ def run(settings):
                 print(f"toolrl: seed {seed} is left out: {error}", file=sys.stderr)
                 continue
             report(one, world, tokenizer, stories[seed], best, keep)
+        if not stories:
+            raise NotReady("the base was ready with none of these seeds; try --base-steps, --base-lr or other --seeds")
         if len(stories) > 1:
             print(seeds_table(stories))
         if settings.plot:
@@ -1374,7 +1392,7 @@ def main(argv=None):
     except UserError as error:
         message, code = error, 2
     except KeyboardInterrupt:
-        message, code = "stopped; what was measured until now is printed above and stands in --out", 130
+        message, code = "stopped; what was measured until now is printed above, and written to --out", 130
     except BrokenPipeError:  # as in python toolrl.py | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still unprinted has nowhere to go
         message, code = "stopped: whoever read the output has closed it", 1
