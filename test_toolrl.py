@@ -1187,10 +1187,10 @@ def test_one_seed_one_result(quick):
 
 
 def test_several_seeds_are_the_runs_of_each(quick, capsys):
-    _, both = quick("--seeds", "1,3", out="both")
+    _, both = quick("--seeds", "1,3", "--eval-every", "2", out="both")
     table = capsys.readouterr().out.split("down-at")[1]
     assert "rl           1" in table and "interleaved  3" in table
-    alone = [event for seed in "13" for event in quick("--seed", seed, out=seed)[1][1:-1]]
+    alone = [event for seed in "13" for event in quick("--seed", seed, "--eval-every", "2", out=seed)[1][1:-1]]
     assert both[1:-1] == alone and {event["seed"] for event in alone} == {1, 3}
     assert toolrl.read_seeds(Settings(seeds="0-3,7,2")) == [0, 1, 2, 3, 7] and toolrl.read_seeds(Settings(seed=4)) == [
         4
@@ -1283,7 +1283,7 @@ STORY = "config eval step eval step eval verdict stress done".split()
         ("load_world", 1, 0),  # Ctrl-C during the call number `call` of `phase` leaves the first `left` events
         ("new_policy", 1, 1),
         ("evaluate", 1, 1),
-        ("advance", 3000, 2),
+        ("advance", 1500, 2),
         ("optimise", 2, 2),
         ("grpo_update", 2, 4),
         ("gold_batch", 1, 4),
@@ -1312,7 +1312,9 @@ def test_ctrl_c_in_any_phase_leaves_what_was_measured(quick, monkeypatch, capsys
         monkeypatch.setattr(toolrl, "train_base", lambda *_: toolrl.new_policy())
     monkeypatch.setattr(toolrl, phase, interrupted)
     plot = ["--plot", str(tmp_path / "run.png")] if phase == "plot" else []
-    code, events = quick("--arms", "interleaved", *["--stress"] * phase.startswith("stress"), *plot)
+    code, events = quick(
+        "--arms", "interleaved", "--eval-episodes", "4", *["--stress"] * phase.startswith("stress"), *plot
+    )
     assert code == 130 and [event["event"] for event in events] == STORY[:left]
     error = capsys.readouterr().err
     assert error.startswith("toolrl: stopped") and error.count("\n") == 1 and len(calls) == call
