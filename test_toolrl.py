@@ -1297,11 +1297,12 @@ STORY = "config eval step eval step eval verdict stress done".split()
     ],
 )
 def test_ctrl_c_in_any_phase_leaves_what_was_measured(quick, monkeypatch, capsys, tmp_path, base, phase, call, left):
-    real, calls = getattr(toolrl, phase), []
+    real, calls, there, out = getattr(toolrl, phase), [], [], tmp_path / "run.jsonl"
 
     def interrupted(*args):
         calls.append(1)
         if len(calls) == call:
+            there.extend(out.read_text().splitlines() if out.exists() else [])
             signal.raise_signal(signal.SIGINT)
         return real(*args)
 
@@ -1316,6 +1317,7 @@ def test_ctrl_c_in_any_phase_leaves_what_was_measured(quick, monkeypatch, capsys
         "--arms", "interleaved", "--eval-episodes", "4", *["--stress"] * phase.startswith("stress"), *plot
     )
     assert code == 130 and [event["event"] for event in events] == STORY[:left]
+    assert len(there) == left  # each line is on disk as soon as it is measured
     error = capsys.readouterr().err
     assert error.startswith("toolrl: stopped") and error.count("\n") == 1 and len(calls) == call
 

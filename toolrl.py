@@ -763,6 +763,7 @@ def evaluate(policy, world, tokenizer, settings):
     """All measurements of one evaluation: success under each probe, message states, control tokens, a transcript."""
     played, batch = run_probes(policy, world, tokenizer, settings, PROBES)
     states = [state for episode in played["success"] for state in episode.states]
+    # The rows of the first probe come first, so an index among its episodes is a row of the batch.
     shown = next((i for i, episode in enumerate(played["success"]) if len(episode.gold_calls) > 1), 0)
     return {
         **success_rates(played),
@@ -944,6 +945,7 @@ def train_arm(name, base, world, tokenizer, settings):
     arm, policy = ARMS[name], copy.deepcopy(base)
     failed, log = [], []  # episodes without reward since the last SFT, signals since the last evaluation
     settings = replace(settings, lr=settings.lr * arm.lr, kl=settings.kl + arm.kl)
+    # One optimizer each: what AdamW has averaged of RL's gradients says nothing about those of SFT.
     rl_optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
     sft_optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.sft_lr, weight_decay=0.0)
 
@@ -1032,8 +1034,8 @@ def down(events):
     return next((event for event in events if event["success"] <= 0.05), None)
 
 
-def collapsed(events, start):
-    """Gone for good: success at 0.02 or below at the last three evaluations, from a start well above that."""
+def down_for_good(events, start):
+    """What a table calls collapsed: success ends, for three evaluations, at 0.02 or below, from well above that."""
     return len(events) >= 3 and max(event["success"] for event in events[-3:]) <= 0.02 < start / 2
 
 
@@ -1115,7 +1117,7 @@ CLAIMS = {
     "control_tokens": ("a control token did it", "P({token}) at {position} {start:.2f}, at step {step} {now:.2f}"),
     "intact": ("the skill is intact", "forced success {start:.2f}, at step {step} {now:.2f} (success {success:.2f})"),
     "fix": ("SFT in between fixes it", "success {start:.2f}, at the end {final:.2f}, never below {lowest:.2f}"),
-    "tradeoff": ("another format pays", "format B {start:.2f}, rl before it fell {before:.2f}, after SFT {final:.2f}"),
+    "tradeoff": ("another format pays", "format B {start:.2f}, rl at step {before_step} {before:.2f}, end {final:.2f}"),
 }
 
 
@@ -1128,7 +1130,8 @@ def judge(history, fmt):
     (base,), rl, fixed, found = history["base"], history.get("rl", []), history.get("interleaved", []), {}
     start, told = base["success"], moments(history)
     if rl:
-        found["collapse"] = collapsed(rl, start), dict(start=start, highest=max(event["success"] for event in rl[-3:]))
+        highest = max(event["success"] for event in rl[-3:])
+        found["collapse"] = down_for_good(rl, start), dict(start=start, highest=highest)
         found["control_tokens"] = found["intact"] = False, {}
     fall = told.get("rl when it is down")
     if fall and not down([base]):  # else there was nothing to fall from
@@ -1167,7 +1170,7 @@ def seeds_table(stories):
         figures = []
         for seed, history in stories.items():
             (base,), events, there = history["base"], history[arm], down(history[arm]) or {}
-            gone = collapsed(events, base["success"])
+            gone = down_for_good(events, base["success"])
             figures.append([base["success"], there.get("step"), there.get("forced_success"), events[-1]["success"],
                             base["format_b_success"], events[-1]["format_b_success"], float(gone)])
             rows.append([arm, seed, *figures[-1][:-1], "yes" if gone else "no"])
@@ -1189,7 +1192,8 @@ def stress_table(found):
 def plot(stories, path):
     """Draw success, two probabilities and the states of messages against the RL step, arms side by side.
 
-    A line for each seed; states are means over seeds. Raises UserError if it cannot be drawn, {} tries that out.
+    A line for each seed; states are means over seeds. Raises UserError if that cannot be done, which an empty picture,
+    of no stories, tells before a run.
     """
     try:
         from matplotlib.figure import Figure
