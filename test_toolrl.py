@@ -1187,10 +1187,10 @@ def test_one_seed_one_result(quick):
 
 
 def test_several_seeds_are_the_runs_of_each(quick, capsys):
-    _, both = quick("--seeds", "1,3", "--eval-every", "2", out="both")
+    _, both = quick("--seeds", "1,3", "--steps", "1", out="both")
     table = capsys.readouterr().out.split("down-at")[1]
     assert "rl           1" in table and "interleaved  3" in table
-    alone = [event for seed in "13" for event in quick("--seed", seed, "--eval-every", "2", out=seed)[1][1:-1]]
+    alone = [event for seed in "13" for event in quick("--seed", seed, "--steps", "1", out=seed)[1][1:-1]]
     assert both[1:-1] == alone and {event["seed"] for event in alone} == {1, 3}
     assert toolrl.read_seeds(Settings(seeds="0-3,7,2")) == [0, 1, 2, 3, 7] and toolrl.read_seeds(Settings(seed=4)) == [
         4
@@ -1207,6 +1207,7 @@ def test_the_stress_test_has_a_column_for_each_policy(quick, capsys):
 def test_the_stress_test_takes_each_arm_at_its_best(quick, monkeypatch):
     real, successes = toolrl.evaluate, iter([0.5, 0.2, 0.9, 0.1, 0.3, 0.3, 0.2])
     monkeypatch.setattr(toolrl, "evaluate", lambda *args: real(*args) | {"success": next(successes)})
+    monkeypatch.setattr(toolrl, "stress", lambda *_: {"as trained": dict.fromkeys(("free", "prefill", "forced"), 0.0)})
     _, events = quick("--stress", "--steps", "3")
     (found,) = (event["success"] for event in events if event["event"] == "stress")
     assert list(found) == ["base, step 0", "rl, step 2", "interleaved, step 2"]
@@ -1222,7 +1223,7 @@ def test_a_warning_is_printed_once_an_arm(quick, monkeypatch, capsys):
 def test_plot_draws_or_says_what_is_missing(quick, monkeypatch, tmp_path, capsys):
     path = tmp_path / "run.png"
     pytest.importorskip("matplotlib")
-    assert quick("--plot", str(path), "--seeds", "0-1")[0] == 0
+    assert quick("--plot", str(path), "--seeds", "0-1", "--steps", "1")[0] == 0
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
     for bad in (os.path.join("no", "folder", "run.png"), str(tmp_path / "run.magic")):
         capsys.readouterr()
@@ -1383,7 +1384,7 @@ def test_no_network_is_touched(quick, monkeypatch):
     monkeypatch.setattr(socket, "socket", blocked)
     monkeypatch.setattr(socket, "create_connection", blocked)
     monkeypatch.setattr(socket, "getaddrinfo", blocked)
-    assert quick("--stress")[0] == 0
+    assert quick("--stress", "--arms", "interleaved", "--steps", "1", "--eval-episodes", "2")[0] == 0
 
 
 def test_a_base_that_is_not_ready_says_so(monkeypatch, capsys):
