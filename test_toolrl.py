@@ -665,6 +665,12 @@ def test_a_policy_of_no_numbers_stops(base, world, tokenizer):
         toolrl.rollout(policy, tokenizer, [episode_of(world)], toolrl.stream(0))
 
 
+def test_a_rollout_in_which_nothing_is_chosen(base, world, tokenizer):
+    episode = episode_of(world, "rival of them ?", written="format")
+    batch = toolrl.rollout(base, tokenizer, [episode], toolrl.stream(0))
+    assert toolrl.succeeded(episode) and not batch.sampled.any() and not batch.log_p.any()
+
+
 def test_each_update_has_a_gradient_of_its_own(base):
     """The same loss twice, at a learning rate of 0: nothing of the first gradient is left in the second."""
     policy = copy.deepcopy(base)

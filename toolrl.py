@@ -533,7 +533,7 @@ def rollout(policy, tokenizer, episodes, rng):
         fed = [ids[i][-1:] for i in rows]
     ids, sampled = pad(ids, tokenizer.pad_token_id, "cpu"), pad(sampled, False, "cpu")  # [N, T]
     log_p = torch.zeros(*ids.shape, len(tokenizer))  # [N, T, V]
-    log_p[tuple(torch.tensor(places).T)] = torch.cat(offers)
+    log_p[torch.tensor(places, dtype=torch.long).view(-1, 2).unbind(1)] = torch.cat(offers)
     return Rollout(*(tensor.to(policy.device) for tensor in (ids, sampled, log_p)))
 
 
