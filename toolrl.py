@@ -904,7 +904,7 @@ def rl_episodes(world, settings, rng):
     for _ in range(settings.groups):
         tasks = world.splits["no_call.train"] if rng.random() < settings.no_call_share else multi_step
         episode = new_episode(world, rng.choice(tasks), rng)
-        episodes += [copy.deepcopy(episode) for _ in range(settings.group_size)]
+        episodes += [replace(episode, messages=[], states=[], calls=[]) for _ in range(settings.group_size)]
     return episodes
 
 
