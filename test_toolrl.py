@@ -724,6 +724,12 @@ def test_the_careless_log_is_careless_to_the_degree_it_says(world):
 # %% Probes
 
 
+def test_held_out_directories_are_those_of_the_seed(world):
+    first, again, other = (toolrl.probe_episodes(world, "success", 4, seed) for seed in (0, 0, 1))
+    assert first == again and all(a.directory != b.directory for a, b in zip(first, other))
+    assert first[0].directory != first[1].directory
+
+
 def test_probabilities_are_read_at_the_right_positions(world, tokenizer):
     """A policy that gives each id a probability that depends on the id before it: each position shows its own."""
     fmt = world.formats["A"]
