@@ -62,7 +62,7 @@ class Settings:
     no_call_share: float = knob(0.75, "fraction", "share of RL tasks where a call is wrong", 0, 1)
     min_calls: int = knob(2, "calls", "RL leaves out tool tasks with fewer: errors compound over calls", 1)
     groups: int = knob(8, "tasks", "different tasks in an RL step", 1)
-    group_size: int = knob(8, "rollouts", "rollouts of each task: their mean reward is the baseline", 2)
+    group_size: int = knob(8, "rollouts", "rollouts of each task: each is measured against their mean reward", 2)
     minibatches: int = knob(4, "updates", "RL updates from each batch of rollouts", 1)
     clip: float = knob(0.2, "ratio", "how far from 1 a token's probability ratio is still pushed", 0)
     kl: float = knob(0.0, "per nat", "weight of the penalty for moving away from the base", 0)
@@ -120,7 +120,7 @@ class Task:
 class World:
     """The tasks file. keys: tool -> the name of its argument. order: of the keys in a call. splits: name -> its tasks.
 
-    variants: name -> the same world under another schema, in which a workflow may put the agent one day.
+    variants: name -> the same world with other delimiters, keys or names, as an agent may meet it one day.
     """
 
     keys: dict
@@ -507,7 +507,7 @@ def rollout(policy, tokenizer, episodes, rng):
     shared = min(map(len, prompts))  # this much of every prompt goes through the policy in one piece
     unread, turns = [deque(prompt[shared:]) for prompt in prompts], [[] for _ in episodes]
     ids = [list(prompt[:shared]) for prompt in prompts]
-    sampled, places, offers = [[False] * shared for _ in ids], [], []  # places: (episode, position) of each choice
+    sampled, offers = [[False] * shared for _ in ids], []
     rows, fed, cache = list(range(len(episodes))), ids, None  # rows: which episodes are in the batch
     while rows:
         output = policy(torch.tensor(fed, device=policy.device), past_key_values=cache, use_cache=True)
@@ -522,7 +522,6 @@ def rollout(policy, tokenizer, episodes, rng):
                 token, chosen = advance(tokenizer, episodes[i], unread[i], turns[i], choice)
                 if chosen:
                     choosing.append(k)
-                    places.append((i, len(ids[i])))
                 ids[i].append(token)
                 sampled[i].append(chosen)
         offers.append(log_p[choosing])  # [choices, V]
@@ -533,7 +532,7 @@ def rollout(policy, tokenizer, episodes, rng):
         fed = [ids[i][-1:] for i in rows]
     ids, sampled = pad(ids, tokenizer.pad_token_id, "cpu"), pad(sampled, False, "cpu")  # [N, T]
     log_p = torch.zeros(*ids.shape, len(tokenizer))  # [N, T, V]
-    log_p[torch.tensor(places, dtype=torch.long).view(-1, 2).unbind(1)] = torch.cat(offers)
+    log_p.transpose(0, 1)[sampled.T] = torch.cat(offers)  # position by position: all episodes are at the same one
     return Rollout(*(tensor.to(policy.device) for tensor in (ids, sampled, log_p)))
 
 
