@@ -660,7 +660,7 @@ def show_moment(event, base):
 
 
 def judge(history):
-    """Hold a run against the claims. history: arm -> evaluations -> claim: {"holds", its figures}
+    """Hold a run against the claims. history: arm -> evaluations -> claim: (holds, figures)
 
     A claim whose arms were not run is left out. What a run is too short to show does not hold.
     """
@@ -669,25 +669,25 @@ def judge(history):
     if rl:
         down, highest = first_down(rl), max(event["success"] for event in rl[-3:])
         fell, rose = down["success"] <= DOWN < base["success"], risen(down, base)
-        found["collapse"] = {"holds": fell and len(rl) >= 3 and highest <= 0.02,
-                             "base_success": base["success"], "last_three_at_most": highest}
-        found["control_token"] = {"holds": fell and rose["spiked"], "step": down["step"], **rose}
-        found["intact"] = {"holds": fell and down["forced"] >= 0.8 * base["forced"],
-                           "base_forced": base["forced"], "down_forced": down["forced"],
-                           "base_format_b": base["format_b"], "down_format_b": down["format_b"]}
+        figures = {"base_success": base["success"], "last_three_at_most": highest}
+        found["collapse"] = fell and len(rl) >= 3 and highest <= 0.02, figures
+        found["control_token"] = fell and rose["spiked"], {"step": down["step"], **rose}
+        figures = {"base_forced": base["forced"], "down_forced": down["forced"],
+                   "base_format_b": base["format_b"], "down_format_b": down["format_b"]}
+        found["intact"] = fell and down["forced"] >= 0.8 * base["forced"], figures
     if fixed:
         end, lowest = fixed[-1], min(event["success"] for event in fixed)
-        found["fix"] = {"holds": len(fixed) >= 3 and end["success"] >= 0.9,
-                        "end_success": end["success"], "lowest_success": lowest}
+        figures = {"end_success": end["success"], "lowest_success": lowest}
+        found["fix"] = len(fixed) >= 3 and end["success"] >= 0.9, figures
     if rl and fixed:
         bar = 0.8 * min(base["format_b"], down["format_b"])
-        found["price"] = {"holds": fell and len(fixed) >= 3 and end["format_b"] < bar,
-                          "base_format_b": base["format_b"], "down_format_b": down["format_b"],
-                          "end_format_b": end["format_b"]}
+        figures = {"base_format_b": base["format_b"], "down_format_b": down["format_b"],
+                   "end_format_b": end["format_b"]}
+        found["price"] = fell and len(fixed) >= 3 and end["format_b"] < bar, figures
     if strict:
         end, spikes = strict[-1], sum(risen(event, base)["spiked"] for event in strict)
-        found["cause"] = {"holds": len(strict) >= 3 and spikes == 0, "spikes": spikes,
-                          "end_success": end["success"], "end_format_b": end["format_b"]}
+        figures = {"spikes": spikes, "end_success": end["success"], "end_format_b": end["format_b"]}
+        found["cause"] = len(strict) >= 3 and spikes == 0, figures
     return found
 
 
@@ -698,17 +698,17 @@ def show_seeds(stories):
         down = [first_down(history[arm]) for history in stories]
         moments[f"{arm}, first down"] = [event for event in down if event["success"] <= DOWN]
         moments[f"{arm}, at the end"] = [history[arm][-1] for history in stories]
-    print(f"\n{'mean, s.d.':24}   n  " + "".join(f"{column:12}" for column in COLUMNS[:6]))
+    print(f"\n{'mean, s.d.':23}  n  " + "".join(f"{column:12}" for column in COLUMNS[:6]))
     for moment, events in moments.items():
-        row = f"{moment:24} {len(events):3}  "
+        row = f"{moment:23} {len(events):2}  "
         for column in COLUMNS[:6] if events else ():
             values = [event[column] for event in events]
             row += f"{np.mean(values):.2f}, {np.std(values):.2f}  "
         print(row)
     verdicts = [judge(history) for history in stories]
     for claim in verdicts[0]:
-        print(f"{claim:13} {sum(found[claim]['holds'] for found in verdicts)} of {len(verdicts)}")
-    together = sum(all(claim["holds"] for claim in found.values()) for found in verdicts)
+        print(f"{claim:13} {sum(found[claim][0] for found in verdicts)} of {len(verdicts)}")
+    together = sum(all(holds for holds, _ in found.values()) for found in verdicts)
     print(f"all of these  {together} of {len(verdicts)}")
 
 
@@ -762,14 +762,14 @@ def main(argv=None):
     """The whole run, from the command line. Ctrl-C ends it with exit code 130."""
     settings, begun, stories = read_settings(argv), time.time(), []
     torch.set_num_threads(1)  # a second thread gains little here, and loses much on a busy machine
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions = f"torch {torch.__version__}", f"transformers {transformers.__version__}"
     with open(settings.out or os.devnull, "w", encoding="utf-8") as out:
         config = asdict(replace(settings, out="", plot=""))  # not a matter of what is measured
-        print(json.dumps({"event": "config", **config, **versions}), file=out, flush=True)
+        print(json.dumps({"event": "config", **config, "versions": versions}), file=out, flush=True)
         try:
             for seed in dict.fromkeys(settings.seeds):
                 base, history = train_base(settings, seed), {}
-                print(f"\ntoolrl: seed {seed}, {settings.device}, {versions}\n"
+                print(f"\ntoolrl: seed {seed}, {settings.device}, {', '.join(versions)}\n"
                       f"base: {base.num_parameters():,} weights, {len(TOKENIZER)} tokens, "
                       f"200 SFT updates on the log of a careless agent\n\n{HEADER}")
                 keep(evaluate(base, settings, seed, "base", 0), history, out)
@@ -778,12 +778,12 @@ def main(argv=None):
                     train_arm(arm, history, base, settings, seed, out)
                     show_moment(first_down(history[arm]), history["base"][0])
                 print("\nclaim         holds")
-                for claim, found in judge(history).items():
-                    event = {"event": "claim", "seed": seed, "claim": claim, **found}
-                    print(json.dumps(event), file=out, flush=True)
-                    figures = ", ".join(f"{name} {value:.2f}" if isinstance(value, float) else
-                                        f"{name} {value}" for name, value in found.items())
-                    print(f"{claim:13} {figures}")
+                for claim, (holds, figures) in judge(history).items():
+                    event = {"event": "claim", "seed": seed, "claim": claim, "holds": holds}
+                    print(json.dumps({**event, **figures}), file=out, flush=True)
+                    shown = [f"{name} {value:.2f}" if isinstance(value, float) else
+                             f"{name} {value}" for name, value in figures.items()]
+                    print(f"{claim:13} {'yes' if holds else 'no':5} {', '.join(shown)}")
                 stories.append(history)
         except KeyboardInterrupt:
             print("toolrl: stopped; what was measured is above, and in --out", file=sys.stderr)
