@@ -653,8 +653,9 @@ def show_moment(event, base):
     print(f"{'due:':18}" + "".join(f"{due:15}" for due in DUE))
     for token in CONTROL:
         cells = [f"{base['p'][due][token]:.2f} -> {event['p'][due][token]:.2f}" for due in DUE]
-        if {*cells} != {"0.00 -> 0.00"}:
-            print(f"{token:18}" + "".join(f"{cell:15}" for cell in cells))
+        row = "".join(f"{cell:15}" for cell in cells).replace("0.00 -> 0.00", "     .      ")
+        if row.strip(" ."):
+            print(f"{token:18}{row}")
     print(f"\none held-out task, and what the policy writes at step {event['step']}")
     print("\n".join(line[:100] for line in event["conversation"]))
 
