@@ -120,19 +120,12 @@ def raises(error):
 
 # ---- Tasks and messages
 
-
 def test_a_question_is_walked_from_the_person_outwards():
     assert t.parse_question("rival of mentor of alice ?") == (["mentor", "rival"], "alice")
     episode = t.new_episode("rival of mentor of alice ?", {**DIRECTORY, ("mentor", "alice"): "bob"})
     assert episode.gold_calls == [("mentor", "alice"), ("rival", "bob")]
     assert episode.gold == [GOOD, OTHER, "The answer is leo"]
     assert t.new_episode("rival of mentor of them ?", DIRECTORY).gold == ["who do you mean ?"]
-
-
-def test_splits_share_no_question_and_kinds_count_calls():
-    sides = [{q for (s, _), qs in t.QUESTIONS.items() if s == split for q in qs} for split in ("train", "held_out")]
-    assert not sides[0] & sides[1] and sides == [{*t.TASKS["questions"][s]} for s in ("train", "held_out")]
-    assert all(len(t.parse_question(q)[0]) in t.KINDS[kind] for (_, kind), qs in t.QUESTIONS.items() for q in qs)
 
 
 def test_each_token_is_one_id_and_padding_is_not_the_end():
@@ -151,18 +144,11 @@ def test_calls_and_replies_decode_to_the_very_text(fmt):
         assert t.parse_call(text, fmt) is None
 
 
-def test_the_system_message_names_the_format():
-    for fmt, other in ("AB", "BA"):
-        said = tokens(draw(fmt=fmt).opening)
-        assert t.OPEN[fmt] in said and t.OPEN[other] not in said and said[-2:] == ["<|im_start|>", "assistant"]
-
-
 Q = ("questions", "train", 0)
 MISTAKES = {  # what: (place in the file, what stands there, what the line names)
     "a name of two words": (("people", 0), "mary ann", "mary ann"),
     "a name that stands twice": (("people", 0), "bob", "bob"),
     "nobody as a name": (("people", 0), "them", "them"),
-    "a name that is no text": (("tools", 0), 7, "string"),
     "an unknown person": (Q, "rival of zoe ?", "zoe"),
     "an unknown tool": (Q, "enemy of bob ?", "enemy"),
     "no question mark": (Q, "rival of bob", "rival of bob"),
@@ -177,7 +163,6 @@ MISTAKES = {  # what: (place in the file, what stands there, what the line names
     "formats alike": (("formats", "B"), t.FORMATS["A"], "four different tags"),
     "an answer without a person": (("wording", "answer"), "yes", "answer lacks PERSON"),
     "a missing wording": (("wording",), {"system": "use TAG"}, "answer"),
-    "no people": (("people",), None, "NoneType"),
     "a list": ((), [], "list"), "broken JSON": ((), '{"tools": [', "line 1"), "no file": ((), None, "No such file"),
 }
 
@@ -224,7 +209,6 @@ def test_a_teacher_adds_a_person_a_tool_and_a_question_in_the_file_alone(tmp_pat
 
 
 # ---- Environment
-
 
 SCORES = {  # question: (blind reward, success): conversations
     "mentor of alice ?": {
@@ -290,7 +274,6 @@ def test_ten_thousand_random_messages_earn_nothing_without_the_right_calls():
 
 # ---- Rollout
 
-
 def test_log_probs_of_a_rollout_are_those_of_one_teacher_forced_pass(trained):
     batch = t.rollout(trained, some_episodes(), t.stream(0, "x"))
     with torch.no_grad():
@@ -331,7 +314,6 @@ def test_sampling_is_at_temperature_one_and_follows_its_generator():
 
 
 # ---- GRPO and SFT
-
 
 def test_advantages_by_hand():
     found = t.advantages(torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]))
@@ -429,28 +411,10 @@ def test_a_grpo_update_is_what_the_definition_says(trained):
     assert not torch.allclose(weights(policy), weights(trained), atol=1e-3)
 
 
-def test_an_sft_update_is_what_the_definition_says(trained):
-    policy, other = copy.deepcopy(trained), copy.deepcopy(trained)
-    optimizer, reference = adamw(policy), ByDefinition(other)
-    for k in range(3):
-        episodes = [draw(["no_call", "multi_step"][seed % 2], seed) for seed in range(k, k + 6)]
-        conversations = [t.lay_out(episode, [TAG, *episode.gold[1:]]) for episode in episodes]
-        t.sft_update(policy, optimizer, conversations)
-        reference.sft(conversations)
-    assert torch.allclose(weights(policy), weights(other), atol=2e-5)
-
-
-def test_a_step_is_down_the_gradient_and_at_most_one_long(untrained):
-    optimizer = torch.optim.SGD(untrained.parameters(), lr=1.0)
-    for scale in (1e3, 1e-3, float("nan")):
-        before = weights(untrained)
-        loss = scale * sum((parameter**2).sum() for parameter in untrained.parameters())
-        if scale == scale:
-            norm = t.descend(untrained, optimizer, loss)
-            step = before - weights(untrained)
-            assert step.norm().item() == pytest.approx(min(norm, 1.0), rel=1e-3) and (step @ before) > 0
+def test_nan_moves_nothing(untrained):
+    before, loss = weights(untrained), float("nan") * sum((one**2).sum() for one in untrained.parameters())
     with pytest.raises(RuntimeError):
-        t.descend(untrained, optimizer, loss)
+        t.descend(untrained, adamw(untrained), loss)
     assert torch.equal(weights(untrained), before)
 
 
@@ -462,7 +426,6 @@ def test_sft_overfits_one_conversation(untrained):
 
 
 # ---- Base
-
 
 def test_the_log_of_a_careless_agent():
     rng, calls, bare, mangled, shapes = t.stream(0, "log"), [0, 0], [0, 0], [0, 0], set()
@@ -506,7 +469,6 @@ def test_the_base_has_the_skill_and_follows_its_seed(trained, untrained):
 
 
 # ---- Arms: what lies between the functions
-
 
 def record_arm(arm, base, settings):
     """Run an arm whose rollouts, updates and evaluations only take notes. -> the notes, in order"""
@@ -661,7 +623,6 @@ def test_nan_ends_the_program_with_arm_and_step(trained, monkeypatch):
 
 # ---- Probes
 
-
 def follows(rows, seen):
     """The ids that come after `seen` in some of these conversations."""
     return {row[len(seen)] for row in rows if row[: len(seen)] == seen and len(row) > len(seen)}
@@ -715,7 +676,6 @@ def test_each_probe_asks_its_own_held_out_tasks_and_the_same_each_time(trained, 
 
 
 # ---- Claims
-
 
 def look(step, success=0.6, forced=1.0, format_b=0.8, spike=0.05, token=END, due=t.DUE[1]):
     """An evaluation, of which only what claims read is to the point."""
@@ -798,7 +758,6 @@ def test_the_table_over_seeds_counts_and_averages(capsys):
 
 
 # ---- The command line
-
 
 BAD = [
     "--stepz 3", "--arms rl ppo", "--steps 0", "--steps -1", "--steps 1.5", "--lr abc", "--lr nan", "--lr -1",
@@ -904,7 +863,6 @@ def test_a_picture_or_one_line(tmp_path, quick, capsys):
 
 # ---- README
 
-
 README = (HERE / "README.md").read_text(encoding="utf-8")
 BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", README, re.S) for kind in ("sh", "diff", "python")}
 COMMANDS = [line for block in BLOCKS["sh"] for line in block.splitlines() if line.startswith("python toolrl.py")]
@@ -952,7 +910,6 @@ def test_slow_snippets_of_the_readme_run(snippet, tmp_path, quick, monkeypatch, 
 
 
 # ---- The whole story
-
 
 def in_a_process(*arguments, **options):
     command = [sys.executable, str(HERE / "toolrl.py"), *arguments]

@@ -25,7 +25,7 @@ its calls and, at the end, gives the reward, 1 or 0. An episode is one conversat
 a group the episodes of one task, a rollout the tokens of played episodes. Control tokens structure
 a conversation: tags around calls, marks around messages. A gold conversation is a right one: SFT
 (supervised fine-tuning) imitates it. RL (reinforcement learning) tries, and keeps what is rewarded.
-Held-out tasks are never trained on. Shapes: N episodes, M rows, T tokens, V tokens there are.
+Held-out tasks are never trained on. In shapes: N episodes, M rows, T tokens, V vocabulary.
 """
 
 import copy
@@ -183,11 +183,9 @@ RESULTS = {result: encode_chat(("tool", f"<tool_response>{result}</tool_response
 
 def spell(tokens):
     """Tokens -> text. A space stands between two words and nowhere else."""
-    text, after_word = "", False
-    for token in tokens:
-        is_word = token in WORDS
-        text += f" {token}" if is_word and after_word else token
-        after_word = is_word
+    text = ""
+    for before, token in zip([None, *tokens], tokens):
+        text += f" {token}" if before in WORDS and token in WORDS else token
     return text
 
 
@@ -243,8 +241,7 @@ STATES = ("healthy_call", "healthy_response", "bare_tag", "text_pollution")
 
 
 def classify(message, fmt):
-    """Which of the paper's four states a message is in: a call alone, words alone, tags alone or
-    nothing (the paper's "collapsed"), or anything else."""
+    """The paper's states of a message: a call, words, tags alone (there: collapsed), a mixture."""
     if parse_call(message, fmt):
         return "healthy_call"
     if not re.sub(r"<[^<>]*>", "", message).strip():
@@ -256,8 +253,9 @@ def classify(message, fmt):
 def respond(episode, message, finished=True):
     """Take one message of the policy. -> the result of its call, None if the conversation is over
 
-    A message without a closing tag is a reply, whatever it holds. With one, it has to be a whole
-    call. A broken call, a message cut off before its <|im_end|> and call MAX_CALLS end it as well.
+    A message with a closing tag has to be a whole call, which is run. All others are replies,
+    whatever they hold. A broken call, a message that was cut off before its <|im_end|> (not
+    finished) and call MAX_CALLS end the conversation too, without a reply.
     """
     episode.messages.append(message)
     call = parse_call(message, episode.fmt)
