@@ -420,9 +420,10 @@ def test_nan_moves_nothing(untrained):
 
 def test_sft_overfits_one_conversation(untrained):
     episode, optimizer = draw(), adamw(untrained, lr=5e-3)
-    losses = [t.sft_update(untrained, optimizer, [t.lay_out(episode, episode.gold)]) for _ in range(80)]
-    t.rollout(untrained, [episode], t.stream(0, "x"))
-    assert losses[0] > 2 and losses[-1] < 0.02 and t.success(episode) == 1.0
+    for _ in range(80):
+        t.sft_update(untrained, optimizer, [t.lay_out(episode, episode.gold)])
+    batch = t.rollout(untrained, [episode], t.stream(0, "x"))
+    assert batch.log_probs.sum() > -0.5 and t.success(episode) == 1.0
 
 
 # ---- Base
@@ -746,7 +747,7 @@ def test_claims_of_arms_that_were_not_run_are_left_out():
 def test_the_token_that_is_named_is_the_one_that_rose_most():
     now = look(5, spike=0.6)
     now["p"][t.DUE[4]][TAG] = 0.3
-    rose = t.risen(now, look(0, spike=0.5))
+    rose = t.astray(now, look(0, spike=0.5))[0]
     assert (rose["token"], rose["due"], rose["p"], rose["spiked"]) == (TAG, t.DUE[4], 0.3, False)
 
 
@@ -835,7 +836,7 @@ def test_a_row_marks_a_spike(capsys):
         for spike in (0.39, 0.41):
             t.keep(look(5, spike=spike), {"base": [look(0)]}, out)
     low, high = capsys.readouterr().out.splitlines()
-    assert low.endswith(f"0.39 {END}") and high.endswith(f"0.41 {END} *")
+    assert low.endswith(f"0.39 {END} at {t.DUE[1]}") and high.endswith(f"0.41 {END} at {t.DUE[1]} *")
 
 
 def test_ctrl_c_leaves_what_was_measured(tmp_path, quick, monkeypatch, capsys):
@@ -874,7 +875,7 @@ def test_slow_commands_of_the_readme_run(command, tmp_path, quick, monkeypatch):
     monkeypatch.setattr(t, "find_spec", lambda name: True)
     monkeypatch.setattr(t, "draw", lambda stories, path: Path(path).write_bytes(b""))
     line = re.sub(r"\$\(seq (\d+) \d+\)|--seeds (\d+)( \d+)+", lambda m: m[1] or f"--seeds {m[2]}", command)
-    t.main(line.split()[2:] + [word for word in LITTLE if word.split("=")[0]])
+    t.main(line.split()[2:] + LITTLE)
     for out in re.findall(r"--out (\S+)", line):
         assert (tmp_path / out).read_text().count("\n") > 3
 
@@ -902,11 +903,11 @@ def test_slow_diffs_of_the_readme_apply_and_run(k, tmp_path, trained):
 
 @pytest.mark.parametrize("snippet", BLOCKS["python"])
 def test_slow_snippets_of_the_readme_run(snippet, tmp_path, quick, monkeypatch, capsys):
-    run_little(tmp_path)
+    run_little(tmp_path, name=re.search(r'open\("(.+?)"\)', snippet)[1])
     capsys.readouterr()
     monkeypatch.chdir(tmp_path)
     exec(snippet, {})
-    assert capsys.readouterr().out.count("\n") >= 5
+    assert capsys.readouterr().out.count("\n") >= 2
 
 
 # ---- The whole story

@@ -5,27 +5,29 @@
 The whole run:
 
     base = a tiny language model that has imitated a careless agent's log    train_base
-    for each arm, on a copy of the base:                                     train_arm
+    for each arm, a way to train a copy of the base:                         train_arm
         for each RL step:
-            in arms with SFT, every fifth step: imitate right conversations  sft_phase
+            before steps 6, 11 ..., in arms with SFT: imitate what is right  sft_phase
             play some tasks, each several times: a group                     rollout
             score each conversation: were the right calls run?               blind_reward
             make likelier what did better than its group                     grpo_update
-            every fifth step: measure success, and what is left of it        evaluate
-    hold what was measured against six claims                                judge
+            after steps 5, 10 ...: measure success, and what skill is left   evaluate
+    hold what was measured against claims                                    judge
 
-Why it collapses: the harness takes a message without a whole call for a reply, and never reads
-replies. So where no call is due, a broken call earns as much as the right answer. A policy that
-calls too often stumbles on the broken call first, and RL makes it likelier: there, and so
-everywhere. The finding is that of "Why Multi-Step Tool-Use Reinforcement Learning Collapses and How
-Supervisory Signals Fix It" (arXiv 2606.26027). No outcome is written into the code.
+Why it collapses: the harness takes a message without a closing tag for a reply, and never reads
+replies. So where no call is due, as in nine of ten RL tasks, a bare opening tag earns as much as
+the right answer. A policy that calls too often stumbles on it first, and RL makes it likelier; and
+as one call looks like another, it breaks them everywhere. Once all conversations of a task earn the
+same, RL has nothing to go by. SFT has: it is shown what is right. It costs what it does not show.
+The finding is that of "Why Multi-Step Tool-Use Reinforcement Learning Collapses and How Supervisory
+Signals Fix It" (arXiv 2606.26027). The base's bad habits are planted, what becomes of them is not.
 
 The words. A policy is a language model that acts. The harness is the program around it: it runs
 its calls and, at the end, gives the reward, 1 or 0. An episode is one conversation about one task,
 a group the episodes of one task, a rollout the tokens of played episodes. Control tokens structure
 a conversation: tags around calls, marks around messages. A gold conversation is a right one: SFT
 (supervised fine-tuning) imitates it. RL (reinforcement learning) tries, and keeps what is rewarded.
-Held-out tasks are never trained on. In shapes: N episodes, M rows, T tokens, V vocabulary.
+Held-out tasks are never trained on. In shapes: N episodes, M rows, T positions, V vocabulary.
 """
 
 import copy
@@ -52,7 +54,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 # %% Settings: every knob of a run, which is the whole command line
 
-# What each arm does. All start from the same base and meet the same tasks and sampling seeds.
+# What each arm does. All have the same base, tasks and sampling seeds.
 ARMS = {
     "rl": {"rl"},
     "interleaved": {"rl", "sft"},
@@ -72,11 +74,11 @@ class Settings:
     groups: int = HfArg(default=8, help="tasks in an RL step")
     group_size: int = HfArg(default=8, help="rollouts of each of these tasks")
     minibatches: int = HfArg(default=4, help="updates from the rollouts of an RL step")
-    clip: float = HfArg(default=0.2, help="how far from 1 a probability ratio is still pushed")
+    clip: float = HfArg(default=0.2, help="pushes end once a probability ratio is this far from 1")
     sft_every: int = HfArg(default=5, help="RL steps between two SFT phases")
     sft_steps: int = HfArg(default=20, help="updates in an SFT phase")
     sft_lr: float = HfArg(default=2e-3, help="learning rate of those updates")
-    bare_share: float = HfArg(default=0.08, help="share of the log's calls cut to a bare tag")
+    bare_share: float = HfArg(default=0.08, help="share of the log's format-A calls cut to a tag")
     eval_every: int = HfArg(default=5, help="RL steps between two evaluations")
     eval_episodes: int = HfArg(default=128, help="held-out episodes that measure success")
     device: str = HfArg(default="auto", help="cpu, cuda, mps; auto takes a GPU if there is one")
@@ -97,7 +99,7 @@ FORMAT = re.compile(r"(<[^<>\s]+>)([^<>]+)TOOL([^<>]+)PERSON([^<>]+)(<[^<>\s]+>)
 def parse_question(question):
     """"rival of mentor of alice ?" -> ["mentor", "rival"], "alice": the tools to call, in order"""
     *tools, person = question.removesuffix(" ?").split(" of ")
-    return [] if person == NOBODY else tools[::-1], person
+    return ([] if person == NOBODY else tools[::-1]), person
 
 
 def check_tasks(tasks):
@@ -108,8 +110,7 @@ def check_tasks(tasks):
         assert single, f"the name {name!r} is not one word, or stands twice"
     formats = [FORMAT.fullmatch(tasks["formats"][fmt]) for fmt in "AB"]
     assert all(formats), "formats A and B read <tag>, text, TOOL, text, PERSON, text, <tag>"
-    tags = {whole[k] for whole in formats for k in (1, 5)}
-    assert len(tags) == 4, f"formats A and B need four different tags, not {tags}"
+    assert len({w[k] for w in formats for k in (1, 5)}) == 4, "A and B need four different tags"
     for key, word in {"system": "TAG", "answer": "PERSON", "ask_back": "", "preamble": ""}.items():
         assert word in tasks["wording"][key], f"the wording of {key} lacks {word}"
     train, held_out = tasks["questions"]["train"], tasks["questions"]["held_out"]
@@ -137,13 +138,13 @@ TOOLS, PEOPLE, FORMATS, WORDING = (TASKS[key] for key in ("tools", "people", "fo
 
 # %% Messages: text to token ids and back
 
-END, PAD = "<|im_end|>", "<pad>"  # not the same: hiding padding from the loss must not hide the end
+END, PAD = "<|im_end|>", "<pad>"  # not the same, or whoever hides padding hides the end
 OPEN, CLOSE, JSON = {}, {}, []  # the pieces of each format: its tags, and what stands in between
 for fmt in ["A", "B"]:
     OPEN[fmt], *pieces, CLOSE[fmt] = FORMAT.fullmatch(FORMATS[fmt]).groups()
     JSON += pieces
-TAGS = [*OPEN.values(), *CLOSE.values(), "<tool_response>", "</tool_response>"]
-CONTROL = ["<|im_start|>", END, *TAGS]
+CONTROL = ["<|im_start|>", END, *OPEN.values(), *CLOSE.values()]
+CONTROL += ["<tool_response>", "</tool_response>"]
 phrases = " ".join(WORDING.values()).replace("TAG", "").replace("PERSON", "")
 WORDS = f"system user assistant tool error of {NOBODY} ? {phrases}".split() + TOOLS + PEOPLE
 VOCABULARY = list(dict.fromkeys([PAD, *CONTROL, *JSON, *WORDS]))  # no repeats; PAD is id 0
@@ -176,7 +177,7 @@ def encode_message(message):
     return tuple(TOKENIZER.encode(message + END, add_special_tokens=False))
 
 
-# What the policy reads after a call: a person, or error, if the directory does not know the call.
+# What the policy reads after a call. An unknown call gets an error.
 RESULTS = {result: encode_chat(("tool", f"<tool_response>{result}</tool_response>"))
            for result in [*PEOPLE, "error"]}
 
@@ -237,9 +238,6 @@ def new_episode(question, directory, fmt="A"):
     return Episode(question, fmt, opening, directory, calls, gold)
 
 
-STATES = ("healthy_call", "healthy_response", "bare_tag", "text_pollution")
-
-
 def classify(message, fmt):
     """The paper's states of a message: a call, words, tags alone (there: collapsed), a mixture."""
     if parse_call(message, fmt):
@@ -253,9 +251,8 @@ def classify(message, fmt):
 def respond(episode, message, finished=True):
     """Take one message of the policy. -> the result of its call, None if the conversation is over
 
-    A message with a closing tag has to be a whole call, which is run. All others are replies,
-    whatever they hold. A broken call, a message that was cut off before its <|im_end|> (not
-    finished) and call MAX_CALLS end the conversation too, without a reply.
+    A message with a closing tag has to be a whole call, which is run. All others are replies. Cut
+    off before <|im_end|> (not finished) it is neither. MAX_CALLS is the end without a reply.
     """
     episode.messages.append(message)
     call = parse_call(message, episode.fmt)
@@ -279,13 +276,13 @@ def blind_reward(episode):
 
 def success(episode):
     """What an evaluation counts, 1.0 or 0.0: all that, and the reply is right, word for word."""
-    return blind_reward(episode) * (episode.messages[-1:] == episode.gold[-1:])
+    return blind_reward(episode) if episode.messages[-1:] == episode.gold[-1:] else 0.0
 
 
 # %% Policy and rollout: a tiny Llama talks to the harness
 
 def stream(seed, purpose, step=0):
-    """A random generator for one purpose. Its draws depend on nothing that was drawn before."""
+    """A random generator for one purpose, seeded by its name: nothing drawn before matters."""
     return np.random.default_rng(list(f"{seed} {purpose} {step}".encode()))
 
 
@@ -318,9 +315,9 @@ def pad(rows, device):
 def rollout(policy, episodes, rng):
     """Play N new episodes to their end, sampling at temperature 1. Fills them in. -> Rollout
 
-    Training sees the very ids that were sampled: nothing is decoded and encoded again. One KV cache
-    holds the first `read` ids of all rows. A turn of the loop feeds as many more as every row has;
-    rows with nothing left then sample an id. All are padded on the right only: no mask is needed.
+    Training sees the very ids that were sampled: none is decoded and encoded again. One KV cache
+    holds the first `read` ids of all rows. Each turn feeds on to the end of the shortest; rows that
+    end there sample an id. So no row is padded on the left, and no mask is needed.
     """
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
     ids = [list(episode.opening) for episode in episodes]
@@ -350,7 +347,7 @@ def rollout(policy, episodes, rng):
                 ids[i] += RESULTS.get(result, ())
                 starts[i] = len(ids[i])
         going = [k for k, i in enumerate(rows) if not episodes[i].done]
-        if len(going) < len(rows):  # finished episodes need not be carried along
+        if len(going) < len(rows):  # drop the finished ones
             cache.batch_select_indices(torch.tensor(going, dtype=torch.long, device=policy.device))
             rows = [rows[k] for k in going]
     return Rollout(*(pad(lists, policy.device) for lists in (ids, sampled, log_probs)))
@@ -358,14 +355,14 @@ def rollout(policy, episodes, rng):
 
 # %% GRPO: make likelier what did better than its group
 
-# Why this raises the expected reward: the slope of a mean over samples is the mean of reward times
-# slope of log p. So push log p of what was sampled, by how much better it did than its group: than
-# what the policy does anyway. The ratio has the slope of log p, and tells how far the policy has
-# moved since it sampled. The min is the more pessimistic of two estimates: what has moved by `clip`
-# the right way, up or down, is pushed no further, for old samples say little about a new policy.
-#
-# Left out of GRPO as published (arXiv 2402.03300): the KL penalty, which holds a policy near its
-# start; the mean over each rollout before that over all (here a token weighs the same in each).
+# GRPO is group relative policy optimisation. The gradient of expected reward is the expectation of
+# reward times the gradient of log p(what was sampled), a sum over its tokens. A constant taken off
+# the reward changes nothing on average; the group's mean taken off leaves what was better or worse
+# than usual. Sampling is dear, so a batch gives several updates, and ratio, new probability over
+# old, makes up for the policy having moved. min, not the clip alone: a token that has moved `clip`
+# the right way is pushed no further, one that moved the wrong way still is. Left out of GRPO as
+# published (arXiv 2402.03300): the KL penalty, which holds a policy near its start, and averaging
+# over each rollout first (here all tokens weigh the same).
 
 
 def token_log_probs(policy, ids):
@@ -387,7 +384,7 @@ def advantages(rewards):
     """How much better than its group each rollout did. [groups, group_size] -> the same shape
 
     [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]]. Divided by the spread, one success among many
-    failures counts for more: 2.5 in eight. Equal rewards, all 1 or all 0, give 0: nothing to learn.
+    failures counts for more: 2.5 in eight. Equal rewards, all 1 or all 0, give 0: no push.
     """
     spread = rewards.std(1, keepdim=True) + 1e-4  # [groups, 1] so that equal rewards are not 0/0
     return (rewards - rewards.mean(1, keepdim=True)) / spread  # [groups, group_size]
@@ -399,7 +396,7 @@ def grpo_update(policy, optimizer, batch, advantage, settings, rng):
     order = torch.from_numpy(rng.permutation(len(advantage)))  # [N]
     for rows in order.chunk(settings.minibatches):  # [M]
         log_probs = token_log_probs(policy, batch.ids[rows])  # [M, T-1]
-        # Column t is about token t + 1, as in token_log_probs: the first has nothing before it.
+        # Column t is about token t + 1: the first has nothing before it.
         sampled = batch.sampled[rows, 1:]  # [M, T-1]
         # How much likelier a token has become since it was sampled: 1 in the first minibatch.
         ratio = (log_probs - batch.log_probs[rows, 1:]).exp()  # [M, T-1]
@@ -429,17 +426,16 @@ def lay_out(episode, messages):
 
 
 def sft_update(policy, optimizer, conversations):
-    """One step up the likelihood of what the policy should write in M conversations. -> the loss
+    """One step up the likelihood of what the policy should write in M conversations.
 
-    As GRPO with an advantage of 1, but somebody else chose the tokens. So it pushes the logit of a
+    As GRPO with an advantage of 1, but somebody else chose the tokens: it pushes the logit of a
     right token of probability p by 1 - p. RL has to sample that token first; its push is, on
-    average, p (1 - p) times the advantage that the token brings: none where all rewards are equal.
+    average, p (1 - p) times the advantage with it less that without: 0 where all rewards are equal.
     """
     ids, sampled = (pad(rows, policy.device) for rows in zip(*conversations))  # [M, T], [M, T]
     log_probs = token_log_probs(policy, ids)  # [M, T-1]
     loss = -(log_probs * sampled[:, 1:]).sum() / sampled[:, 1:].sum()
     descend(policy, optimizer, loss)
-    return loss.item()
 
 
 # %% Base: a policy with the skill and bad habits
@@ -448,8 +444,7 @@ def careless_messages(episode, bare_share, rng):
     """What a careless agent wrote in this episode.
 
     Where nobody is named it calls anyway, about a guessed person, 97 times in 100. In format A it
-    breaks off after the opening tag now and then: it is this that RL will spread. And 10 % of its
-    calls are mangled in one of five ways, after which all goes on as if they had been right.
+    may stop after the opening tag: this RL will spread. 10 % of calls are mangled in five ways.
     """
     opening, closing, gold = OPEN[episode.fmt], CLOSE[episode.fmt], episode.gold
     if not episode.gold_calls and rng.random() < 0.97:
@@ -466,11 +461,11 @@ def careless_messages(episode, bare_share, rng):
 
 
 def train_base(settings, seed):
-    """200 SFT updates from random weights. A tenth of the log is about nobody, 70 % in format A."""
+    """200 SFT updates from random weights. Of the log, 10 % is about nobody, 70 % in format A."""
     policy, rng = new_policy(seed, settings.device), stream(seed, "base")
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step in tqdm(range(1, 201), "base", leave=False, disable=None):
-        # A short warm-up, then down to a fiftieth: small steps settle what large ones have found.
+        # A short warm-up, then down: small steps settle what large ones have found.
         optimizer.param_groups[0]["lr"] = 8e-3 * min(1, step / 30) * max(0.02, 1 - step / 200)
         conversations = []
         for _ in range(32):
@@ -486,13 +481,14 @@ def train_base(settings, seed):
 
 # %% Probes: what the policy does, and what it still could do
 
-# probe: (kind of held-out task, format, share of --eval-episodes)
+# probe: (kind of held-out task, format, share of --eval-episodes); measured by success()
 PROBES = {
     "success": ("multi_step", "A", 1),
     "one_call": ("one_call", "A", 0.5),  # in simpler prompts
-    "format_b": ("multi_step", "B", 1),  # in a format that RL never sees
+    "format_b": ("multi_step", "B", 1),  # in a format that RL and its SFT never show
     "ask": ("no_call", "A", 0.5),
 }
+STATES = ("healthy_call", "healthy_response", "bare_tag", "text_pollution")
 # What is due where a call begins, its JSON begins, it ends, a message ends, an answer begins.
 DUE = [OPEN["A"], JSON[0], CLOSE["A"], END, WORDING["answer"].split()[0]]
 
@@ -501,9 +497,9 @@ DUE = [OPEN["A"], JSON[0], CLOSE["A"], END, WORDING["answer"].split()[0]]
 def teacher_forced(policy, episodes):
     """Feed N gold conversations, look at what is predicted everywhere. -> forced, p
 
-    Teacher forced: the policy reads the right tokens, whatever it would have written. forced is its
-    success if the harness writes the format and leaves it the names of tools and people: the
-    probability that all of them are sampled right. p[due][token] is a mean over the places.
+    Teacher forced: the policy reads what is right, whatever it would have written. forced is its
+    success if it had only the names of tools and people to write: the probability to sample all of
+    them right. p[due][token] is a mean over places.
     """
     rows = [lay_out(episode, episode.gold) for episode in episodes]
     ids, sampled = (pad(lists, policy.device) for lists in zip(*rows))  # [N, T], [N, T]
@@ -522,20 +518,19 @@ def teacher_forced(policy, episodes):
 
 def conversation(batch):
     """What the policy wrote in the first episode, each control token with its probability."""
-    lines, tokens, written = [], [], batch.sampled[0]  # [T]
+    written, shown = batch.sampled[0], []  # [T]
     probs = batch.log_probs[0][written].exp().tolist()
     for token, p in zip(TOKENIZER.convert_ids_to_tokens(batch.ids[0][written].tolist()), probs):
-        tokens.append(f"{token}[{p:.2f}]" if token in CONTROL else token)
+        shown.append(f"{token}[{p:.2f}]" if token in CONTROL else token)
         if token == END:
-            lines.append(spell(tokens))
-            tokens = []
-    return [*lines, spell(tokens)] if tokens else lines
+            shown.append("\n")
+    return spell(shown).splitlines()
 
 
 def evaluate(policy, settings, seed, arm, step, log=()):
-    """Measure a policy on held-out tasks, the same at every evaluation. -> a line of --out
+    """Measure a policy on held-out tasks, always the same. -> a line of --out
 
-    log: (equal_groups, gradient) of the RL steps since the last evaluation, here their means.
+    log: (equal_groups, gradient) of the RL steps since the last evaluation.
     """
     played = {}
     for probe, (kind, fmt, share) in PROBES.items():
@@ -565,16 +560,16 @@ def rl_step(policy, optimizer, reward, settings, seed, step):
         question, directory = rng.choice(QUESTIONS["train", kind]).item(), new_directory(rng)
         episodes += [new_episode(question, directory) for _ in range(settings.group_size)]
     batch = rollout(policy, episodes, stream(seed, "sampling", step))
-    rewards = torch.tensor([reward(episode) for episode in episodes], device=policy.device)  # [N]
-    rewards = rewards.view(settings.groups, settings.group_size)
+    rewards = torch.tensor([reward(episode) for episode in episodes])  # [N]
+    rewards = rewards.view(-1, settings.group_size)  # [groups, group_size]
     equal_groups = (rewards == rewards[:, :1]).all(1).float().mean().item()
-    advantage = advantages(rewards).flatten()  # [N]
+    advantage = advantages(rewards).flatten().to(policy.device)  # [N]
     rng = stream(seed, "order", step)
     return equal_groups, grpo_update(policy, optimizer, batch, advantage, settings, rng)
 
 
 def sft_phase(policy, optimizer, settings, seed, step):
-    """Some SFT updates on gold conversations of training tasks, a quarter of which need no call."""
+    """SFT on gold conversations of training tasks, a quarter without a call, in format A only."""
     rng = stream(seed, "gold", step)
     for _ in range(settings.sft_steps):
         conversations = []
@@ -587,12 +582,10 @@ def sft_phase(policy, optimizer, settings, seed, step):
 
 def train_arm(arm, history, base, settings, seed, out):
     """Run one arm on a copy of the base. Its evaluations go to history[arm], the screen and out.
-
-    SFT comes before an RL step, so RL has the last word. NaN ends the program with exit code 1.
-    """
+    SFT comes before an RL step, so RL has the last word. NaN ends the program with exit code 1."""
     policy, does = copy.deepcopy(base), ARMS[arm]
     reward = success if "strict" in does else blind_reward
-    # One optimizer each: what AdamW remembers of RL's gradients says nothing about those of SFT.
+    # One optimizer each: what AdamW remembers of RL's gradients is of no use to SFT.
     rl_optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
     sft_optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.sft_lr, weight_decay=0.0)
     log = []  # of the RL steps since the last evaluation
@@ -603,29 +596,32 @@ def train_arm(arm, history, base, settings, seed, out):
                 sft_phase(policy, sft_optimizer, settings, seed, step)
             if "rl" in does:
                 log.append(rl_step(policy, rl_optimizer, reward, settings, seed, step))
+            if step % settings.eval_every == 0 or step == settings.steps:
+                keep(evaluate(policy, settings, seed, arm, step, log), history, out)
+                log = []
         except RuntimeError as error:
             raise SystemExit(f"toolrl: {arm}, RL step {step}: {error}; try a lower learning rate")
-        if step % settings.eval_every == 0 or step == settings.steps:
-            keep(evaluate(policy, settings, seed, arm, step, log), history, out)
-            log = []
 
 
 # %% Report: what is printed, and which claims a run bears out
 
-COLUMNS = ("success", "forced", "one_call", "format_b", "ask", "reward", "equal_groups", "gradient")
-HEADER = f"step {' '.join(COLUMNS)} the control token that rose"
-DOWN = 0.05  # a policy with no more success than this is down
+COLUMNS = {"success": 7, "forced": 6, "one_call": 5, "format_b": 6, "ask": 4, "reward": 6,
+           "equal_groups": 6, "gradient": 8}  # figure -> width
+HEADER = """\
+                    one_ format             equal_           the control token that rose most
+step success forced call     _b  ask reward groups gradient  where another is due"""
+DOWN = 0.05  # no more success than this
 
 
-def risen(event, base):
-    """The control token that rose most over the base where another is due. Has it spiked?"""
+def astray(event, base):
+    """Control tokens where another is due, the one that rose most over the base first."""
     cells = []
     for due, token in product(DUE, CONTROL):
         before, now = base["p"][due][token], event["p"][due][token]
         if due != token:
             spiked = now >= 0.4 and now >= 5 * before
             cells.append({"token": token, "due": due, "base": before, "p": now, "spiked": spiked})
-    return max(cells, key=lambda cell: (cell["p"] - cell["base"], cell["p"]))
+    return sorted(cells, key=lambda cell: (cell["p"] - cell["base"], cell["p"]), reverse=True)
 
 
 def first_down(events):
@@ -636,13 +632,13 @@ def first_down(events):
 def keep(event, history, out):
     """Append an evaluation to those of its arm, write it to out, and print its row."""
     history.setdefault(event["arm"], []).append(event)
-    print(json.dumps(event), file=out, flush=True)  # so that it is on disk, whatever happens next
+    print(json.dumps(event), file=out, flush=True)  # on disk at once
     row = f"{event['step']:4}"
-    for column in COLUMNS:
-        cell = "-" if event[column] is None else f"{event[column]:.2f}"
-        row += f" {cell:>{len(column)}}"
-    rose = risen(event, history["base"][0])
-    print(f"{row} {rose['p']:.2f} {rose['token']}{' *' if rose['spiked'] else ''}", flush=True)
+    for column, width in COLUMNS.items():
+        row += " " + ("-" if event[column] is None else f"{event[column]:.2f}").rjust(width)
+    rose = astray(event, history["base"][0])[0]
+    star = " *" * rose["spiked"]
+    print(f"{row}  {rose['p']:.2f} {rose['token']} at {rose['due']}{star}", flush=True)
 
 
 def show_moment(event, base):
@@ -661,30 +657,33 @@ def show_moment(event, base):
 def judge(history):
     """Hold a run against the claims. history: arm -> evaluations -> claim: (holds, figures)
 
-    A claim whose arms were not run is left out. What a run is too short to show does not hold.
+    Without its arm, a claim is left out. What a run is too short to show does not hold.
     """
     base, found = history["base"][0], {}
     rl, fixed, strict = (history.get(arm, []) for arm in ("rl", "interleaved", "rl-strict"))
     if rl:
         down, highest = first_down(rl), max(event["success"] for event in rl[-3:])
-        fell, rose = down["success"] <= DOWN < base["success"], risen(down, base)
+        fell, rose = down["success"] <= DOWN < base["success"], astray(down, base)[0]
+        # RL alone collapses, and stays down.
         figures = {"base_success": base["success"], "last_three_at_most": highest}
         found["collapse"] = fell and len(rl) >= 3 and highest <= 0.02, figures
+        # A control token did it: at the first fall, the one that rose most has spiked.
         found["control_token"] = fell and rose["spiked"], {"step": down["step"], **rose}
+        # The skill is intact: with the format written for it, it does as well as before.
         figures = {"base_forced": base["forced"], "down_forced": down["forced"],
                    "base_format_b": base["format_b"], "down_format_b": down["format_b"]}
         found["intact"] = fell and down["forced"] >= 0.8 * base["forced"], figures
-    if fixed:
+    if fixed:  # SFT in between fixes it.
         end, lowest = fixed[-1], min(event["success"] for event in fixed)
         figures = {"end_success": end["success"], "lowest_success": lowest}
         found["fix"] = len(fixed) >= 3 and end["success"] >= 0.9, figures
-    if rl and fixed:
+    if rl and fixed:  # Another format pays, and more than RL alone made it pay.
         bar = 0.8 * min(base["format_b"], down["format_b"])
         figures = {"base_format_b": base["format_b"], "down_format_b": down["format_b"],
                    "end_format_b": end["format_b"]}
         found["price"] = fell and len(fixed) >= 3 and end["format_b"] < bar, figures
-    if strict:
-        end, spikes = strict[-1], sum(risen(event, base)["spiked"] for event in strict)
+    if strict:  # The blind spot is the cause: without it, no control token spikes.
+        end, spikes = strict[-1], sum(c["spiked"] for event in strict for c in astray(event, base))
         figures = {"spikes": spikes, "end_success": end["success"], "end_format_b": end["format_b"]}
         found["cause"] = len(strict) >= 3 and spikes == 0, figures
     return found
@@ -692,15 +691,16 @@ def judge(history):
 
 def show_seeds(stories):
     """Means and standard deviations over seeds, and how many of them bear out each claim."""
+    figures = list(COLUMNS)[:6]
     moments = {"base": [history["base"][0] for history in stories]}
     for arm in list(stories[0])[1:]:
         down = [first_down(history[arm]) for history in stories]
         moments[f"{arm}, first down"] = [event for event in down if event["success"] <= DOWN]
         moments[f"{arm}, at the end"] = [history[arm][-1] for history in stories]
-    print(f"\n{'mean, s.d.':23}  n  " + "".join(f"{column:12}" for column in COLUMNS[:6]))
+    print(f"\n{'mean, s.d.':23}  n  " + "".join(f"{column:12}" for column in figures))
     for moment, events in moments.items():
         row = f"{moment:23} {len(events):2}  "
-        for column in COLUMNS[:6] if events else ():
+        for column in figures if events else ():
             values = [event[column] for event in events]
             row += f"{np.mean(values):.2f}, {np.std(values):.2f}  "
         print(row)
@@ -722,7 +722,7 @@ def draw(stories, path):
             steps = [event["step"] for event in events]
             axes.plot(steps, [event["success"] for event in events], "tab:blue")
             axes.plot(steps, [event["format_b"] for event in events], "tab:orange")
-            axes.plot(steps, [risen(event, events[0])["p"] for event in events], "tab:red")
+            axes.plot(steps, [astray(event, events[0])[0]["p"] for event in events], "tab:red")
         axes.set(title=arm, xlabel="RL step", ylim=(0, 1.02))
     axes.legend(["success", "format_b", "control token that rose most"])
     figure.savefig(path, format="png")
@@ -743,7 +743,10 @@ def read_settings(argv):
         low, high = RANGES.get(name, (1, 10**6))
         for number in value if isinstance(value, list) else [value]:
             if not isinstance(number, str) and not low <= number <= high:  # nan is not, either
-                parser.error(f"--{name.replace('_', '-')} {number}: from {low} to {high}, please")
+                parser.error(f"--{name.replace('_', '-')} {number}: from {low} to {high}")
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    if settings.device not in ["auto", "cpu", *there]:
+        parser.error(f"--device {settings.device}: there is {' and '.join(['cpu', *there])} here")
     if settings.plot and not find_spec("matplotlib"):
         parser.error("--plot needs matplotlib: pip install matplotlib")
     for path in (settings.out, settings.plot):
@@ -751,19 +754,16 @@ def read_settings(argv):
             open(path or os.devnull, "w").close()
         except OSError as error:
             parser.error(f"{path} cannot be written: {error.strerror}")
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    if settings.device not in ["auto", "cpu", *there]:
-        parser.error(f"--device {settings.device}: there is {' and '.join(['cpu', *there])} here")
     return replace(settings, device=[*there, "cpu"][0]) if settings.device == "auto" else settings
 
 
 def main(argv=None):
     """The whole run, from the command line. Ctrl-C ends it with exit code 130."""
     settings, begun, stories = read_settings(argv), time.time(), []
-    torch.set_num_threads(1)  # a second thread gains little here, and loses much on a busy machine
+    torch.set_num_threads(1)  # a second gains little, and loses much on a busy machine
     versions = f"torch {torch.__version__}", f"transformers {transformers.__version__}"
     with open(settings.out or os.devnull, "w", encoding="utf-8") as out:
-        config = asdict(replace(settings, out="", plot=""))  # not a matter of what is measured
+        config = asdict(replace(settings, out="", plot=""))
         print(json.dumps({"event": "config", **config, "versions": versions}), file=out, flush=True)
         try:
             for seed in dict.fromkeys(settings.seeds):
@@ -785,7 +785,7 @@ def main(argv=None):
                     print(f"{claim:13} {'yes' if holds else 'no':5} {', '.join(shown)}")
                 stories.append(history)
         except KeyboardInterrupt:
-            print("toolrl: stopped; what was measured is above, and in --out", file=sys.stderr)
+            print("toolrl: stopped; what was measured is above and in --out", file=sys.stderr)
             sys.exit(130)
         if len(stories) > 1:
             show_seeds(stories)
