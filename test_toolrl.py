@@ -1,8 +1,5 @@
-"""Tests of toolrl: python -m pytest -q (a few minutes); -k "not slow" takes less than one.
-
-By behaviour, and above all what one function hands to the next: masks, order, streams, settings and state of
-the optimizers. On puppets that write what a test tells them to, and on a base as every run begins with.
-"""
+"""Tests of toolrl, by behaviour: above all what one function hands to the next, masks, order, streams, state
+of the optimizers. On puppets that write what a test tells them to, and on a base as every run begins with."""
 
 import copy
 import importlib.util
@@ -18,6 +15,7 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -71,7 +69,7 @@ class Puppet:
 
 
 def writes(*messages):
-    """A Puppet that writes these messages, one after another, whatever it reads."""
+    """A Puppet that writes these messages, whatever it reads."""
     turns = [t.encode_message(message) for message in messages]
     begin = t.TOKENIZER.convert_tokens_to_ids(["<|im_start|>", "assistant"])
 
@@ -107,25 +105,16 @@ def adamw(policy, lr=1e-3):
     return torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
 
 
-def tokens(ids):
-    return t.TOKENIZER.convert_ids_to_tokens(ids)
-
-
-def raises(error):
-    def fail(*args):
-        raise error
-
-    return fail
+tokens = t.TOKENIZER.convert_ids_to_tokens
 
 
 # ---- Tasks and messages
 
 def test_a_question_is_walked_from_the_person_outwards():
-    assert t.parse_question("rival of mentor of alice ?") == (["mentor", "rival"], "alice")
     episode = t.new_episode("rival of mentor of alice ?", {**DIRECTORY, ("mentor", "alice"): "bob"})
     assert episode.gold_calls == [("mentor", "alice"), ("rival", "bob")]
     assert episode.gold == [GOOD, OTHER, "The answer is leo"]
-    assert t.new_episode("rival of mentor of them ?", DIRECTORY).gold == ["who do you mean ?"]
+    assert t.new_episode("rival of them ?", DIRECTORY).gold == ["who do you mean ?"]
 
 
 def test_each_token_is_one_id_and_padding_is_not_the_end():
@@ -140,30 +129,26 @@ def test_calls_and_replies_decode_to_the_very_text(fmt):
     for text in [call, "The answer is bob", "who do you mean ?", t.OPEN[fmt], ""]:
         assert t.spell(tokens(t.encode_message(text))) == text + END
     assert len(t.encode_message(call)) == 8 and t.parse_call(call, fmt) == ("rival", "bob")
-    for text in (" " + call, call + "x", call * 2, call[:-1], call.replace("bob", ""), t.call_text("rival", "bob", "BA"["AB".index(fmt)])):
-        assert t.parse_call(text, fmt) is None
+    for text in (" " + call, call + "x", call * 2, call[:-1], call.replace("bob", ""), call.replace("call", "c")):
+        assert text == call or t.parse_call(text, fmt) is None
 
 
 Q = ("questions", "train", 0)
 MISTAKES = {  # what: (place in the file, what stands there, what the line names)
     "a name of two words": (("people", 0), "mary ann", "mary ann"),
     "a name that stands twice": (("people", 0), "bob", "bob"),
-    "nobody as a name": (("people", 0), "them", "them"),
     "an unknown person": (Q, "rival of zoe ?", "zoe"),
     "an unknown tool": (Q, "enemy of bob ?", "enemy"),
     "no question mark": (Q, "rival of bob", "rival of bob"),
-    "a person in the middle": (Q, "rival of bob of bob ?", "rival of bob of bob"),
     "too many tools": (Q, "rival of " * 6 + "bob ?", "rival of rival"),
     "a question in both splits": (Q, t.TASKS["questions"]["held_out"][0], t.TASKS["questions"]["held_out"][0]),
-    "no question": (("questions", "train"), [], "train holds no"),
     "no question of a kind": (("questions", "held_out"), ["friend of bob ?"], "held_out holds no no_call"),
     "a missing split": (("questions",), {"train": []}, "held_out"),
     "a format without PERSON": (("formats", "A"), "<a>{TOOL}</a>", "formats A and B"),
-    "a missing format": (("formats",), {"A": t.FORMATS["A"]}, "B"),
     "formats alike": (("formats", "B"), t.FORMATS["A"], "four different tags"),
     "an answer without a person": (("wording", "answer"), "yes", "answer lacks PERSON"),
     "a missing wording": (("wording",), {"system": "use TAG"}, "answer"),
-    "a list": ((), [], "list"), "broken JSON": ((), '{"tools": [', "line 1"), "no file": ((), None, "No such file"),
+    "broken JSON": ((), '{"tools": [', "line 1"), "no file": ((), None, "No such file"),
 }
 
 
@@ -176,7 +161,7 @@ def load(folder, name="loaded"):
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_the_tasks_file_gets_one_line_that_names_it(mistake, tmp_path, capsys):
+def test_a_mistake_in_the_tasks_file_gets_one_line(mistake, tmp_path, capsys):
     path, value, named = MISTAKES[mistake]
     shutil.copy(HERE / "toolrl.py", tmp_path)
     tree = spot = copy.deepcopy(t.TASKS)
@@ -185,20 +170,18 @@ def test_a_mistake_in_the_tasks_file_gets_one_line_that_names_it(mistake, tmp_pa
     if path:
         spot[path[-1]] = value
     if path or value is not None:
-        text = json.dumps(tree) if path else value if isinstance(value, str) else json.dumps(value)
-        (tmp_path / "tiny_tasks.json").write_text(text)
+        (tmp_path / "tiny_tasks.json").write_text(json.dumps(tree) if path else value)
     with pytest.raises(SystemExit) as stop:
         load(tmp_path)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1 and named in said
 
 
-def test_a_teacher_adds_a_person_a_tool_and_a_question_in_the_file_alone(tmp_path):
-    tasks = copy.deepcopy(t.TASKS)
-    tasks["people"].append("zoe")
-    tasks["tools"].append("boss")
-    tasks["questions"]["train"].append("boss of rival of zoe ?")
-    tasks["formats"] = dict(reversed(tasks["formats"].items()))  # the order in the file is of no matter
+def test_a_teacher_edits_the_file_alone(tmp_path):
+    tasks = {**t.TASKS, "people": [*t.PEOPLE, "zoe"], "tools": [*t.TOOLS, "boss"]}
+    train, held_out = t.TASKS["questions"]["train"], t.TASKS["questions"]["held_out"]
+    tasks["questions"] = {"held_out": held_out, "train": [*train, "boss of rival of zoe ?"]}
+    tasks["formats"] = dict(reversed(t.FORMATS.items()))
     shutil.copy(HERE / "toolrl.py", tmp_path)
     (tmp_path / "tiny_tasks.json").write_text(json.dumps(tasks))
     other = load(tmp_path)
@@ -260,9 +243,11 @@ def test_a_message_that_was_cut_off_is_neither_a_call_nor_a_reply():
         episode = t.new_episode("mentor of them ?", DIRECTORY)
         assert t.respond(episode, message, finished=False) is None
         assert episode.done and not episode.calls and not t.blind_reward(episode)
+    batch = t.rollout(writes(" ".join(["bob"] * 30)), [episode := draw("no_call")], t.stream(0, "x"))
+    assert batch.sampled.sum() == t.MAX_TOKENS and t.blind_reward(episode) == 0.0
 
 
-def test_ten_thousand_random_messages_earn_nothing_without_the_right_calls():
+def test_random_messages_earn_nothing_without_the_right_calls():
     rng, pieces = t.stream(0, "fuzz"), [*t.VOCABULARY, GOOD, OTHER, "\n", "{", '"', "\\", "é", "\ud800", " "]
     for k in range(10_000):
         episode = draw(["multi_step", "no_call"][k % 2], k % 7)
@@ -283,12 +268,12 @@ def test_log_probs_of_a_rollout_are_those_of_one_teacher_forced_pass(trained):
     assert (batch.log_probs[~batch.sampled] == 0).all()
 
 
-def test_what_was_sampled_is_what_the_harness_was_told_and_each_stretch_answers_a_prompt(trained):
+def test_what_was_sampled_is_what_the_harness_was_told(trained):
     episodes = some_episodes()
     batch = t.rollout(trained, episodes, t.stream(1, "x"))
     for ids, sampled, episode in zip(batch.ids.tolist(), batch.sampled.tolist(), episodes):
         written = tokens([i for i, mine in zip(ids, sampled) if mine])
-        assert t.spell(written).replace(END, "") == "".join(episode.messages) and written.count(END) <= len(episode.messages)
+        assert t.spell(written).replace(END, "") == "".join(episode.messages)
         begins = [k for k in range(1, len(ids)) if sampled[k] and not sampled[k - 1]]
         assert all(tokens(ids[k - 2 : k]) == ["<|im_start|>", "assistant"] for k in begins)
         assert len(begins) == len(episode.messages)
@@ -300,15 +285,10 @@ def test_a_gold_conversation_is_laid_out_as_a_rollout_of_it_would_be():
         assert (batch.ids[0].tolist(), batch.sampled[0].tolist()) == t.lay_out(episode, episode.gold)
 
 
-def test_a_message_without_an_end_is_cut_off():
-    episode = draw("no_call")
-    batch = t.rollout(writes(" ".join(["bob"] * 30)), [episode], t.stream(0, "x"))
-    assert batch.sampled.sum() == t.MAX_TOKENS and t.blind_reward(episode) == 0.0
-
-
 def test_sampling_is_at_temperature_one_and_follows_its_generator():
     puppet, prompt = Puppet(lambda ids: t.END_ID, p=0.3), len(draw("no_call").opening)
-    same, again, other = (t.rollout(puppet, [draw("no_call") for _ in range(2000)], t.stream(s, "x")).ids for s in (0, 0, 1))
+    episodes = [[draw("no_call") for _ in range(2000)] for _ in range(3)]
+    same, again, other = (t.rollout(puppet, e, t.stream(s, "x")).ids for e, s in zip(episodes, (0, 0, 1)))
     assert (same[:, prompt] == t.END_ID).float().mean().item() == pytest.approx(0.3, abs=0.05)
     assert torch.equal(same, again) and not torch.equal(same[:, : prompt + 2], other[:, : prompt + 2])
 
@@ -343,23 +323,18 @@ def test_the_gradient_is_where_the_policy_wrote_and_nowhere_else(trained, monkey
     assert torch.equal(seen[1].grad != 0, t.pad([mask for _, mask in conversations], "cpu")[:, 1:])
 
 
-def test_equal_rewards_move_nothing(trained):
-    policy = copy.deepcopy(trained)
-    assert t.grpo_update(policy, adamw(policy), played(policy), torch.zeros(8), DEFAULTS, t.stream(0, "o")) == 0
-    assert torch.equal(weights(policy), weights(trained))
-
-
 @pytest.mark.parametrize("moved, gain, pushed", [
-    (0.3, 1, False), (0.3, -1, True), (-0.3, 1, True), (-0.3, -1, False), (0.1, 1, True), (-0.1, -1, True)])
+    (0.3, 1, False), (0.3, -1, True), (-0.3, 1, True), (-0.3, -1, False), (0.1, 1, True), (-0.1, -1, True),
+    (0.0, 0, False)])  # the last: equal rewards move nothing
 def test_the_clip_binds_on_the_right_side(trained, moved, gain, pushed):
     policy, batch, one = copy.deepcopy(trained), played(trained), replace(DEFAULTS, minibatches=1)
     batch.log_probs -= moved * batch.sampled  # as if the policy had moved since
     norm = t.grpo_update(policy, adamw(policy), batch, torch.full((8,), float(gain)), one, t.stream(0, "o"))
-    assert (norm > 0) == pushed
+    assert (norm > 0) == pushed == (not torch.equal(weights(policy), weights(trained)))
 
 
 class ByDefinition:
-    """The updates again, token by token; AdamW as published, without decay, gradients clipped to norm 1."""
+    """The updates again, token by token, with AdamW as published and gradients clipped to norm 1."""
 
     def __init__(self, policy, lr=1e-3):
         self.policy, self.lr, self.step = policy, lr, 0
@@ -462,9 +437,7 @@ def test_the_base_is_trained_on_that_log(monkeypatch):
     assert {(*group["betas"], group["weight_decay"]) for group in groups} == {(0.9, 0.95, 0.0)}
 
 
-def test_the_base_has_the_skill_and_follows_its_seed(trained, untrained):
-    found = t.evaluate(trained, DEFAULTS, 0, "base", 0)
-    assert found["forced"] > 0.9 and 0.3 < found["success"] < 0.9 and found["ask"] < 0.1 and found["format_b"] > 0.4
+def test_a_new_policy_follows_its_seed(untrained):
     assert torch.equal(weights(untrained), weights(t.new_policy(0, "cpu")))
     assert not torch.equal(weights(untrained), weights(t.new_policy(1, "cpu")))
 
@@ -472,7 +445,7 @@ def test_the_base_has_the_skill_and_follows_its_seed(trained, untrained):
 # ---- Arms: what lies between the functions
 
 def record_arm(arm, base, settings):
-    """Run an arm whose rollouts, updates and evaluations only take notes. -> the notes, in order"""
+    """Run an arm whose rollouts, updates and evaluations only take notes. -> the notes"""
     notes = []
 
     def rollout(policy, episodes, rng):
@@ -513,7 +486,7 @@ def test_phases_and_evaluations_come_when_they_are_due(untrained):
     assert every == phase + look + 2 * phase + look + phase + look
     looks = only("evaluate", record_arm("rl", untrained, settings))
     assert [step for _, step, _ in looks] == [2, 4, 5] and [len(log) for _, _, log in looks] == [2, 2, 1]
-    assert looks[0][2] == [(1.0, 2.0), (1.0, 4.0)]  # nobody earned anything, so all groups are equal
+    assert looks[0][2] == [(1.0, 2.0), (1.0, 4.0)]  # all earned 0
 
 
 def test_arms_meet_the_same_tasks_and_draws(untrained):
@@ -528,7 +501,7 @@ def test_arms_meet_the_same_tasks_and_draws(untrained):
         assert len({str(one) for one in drawn}) == 4  # another at each step
 
 
-def test_a_group_is_one_task_and_its_episodes_share_nothing_that_changes(untrained):
+def test_a_group_is_one_task_whose_episodes_share_nothing_that_changes(untrained):
     _, tasks, _, episodes = record_arm("rl", untrained, replace(SMALL, steps=1, groups=3))[0]
     assert len(tasks) == 12 and all(tasks[4 * g + k] == tasks[4 * g] for g in range(3) for k in range(4))
     assert len({str(task) for task in tasks}) == 3 and {fmt for _, fmt, _ in tasks} == {"A"}
@@ -556,8 +529,8 @@ def test_each_optimizer_keeps_its_own_state_and_settings(untrained):
 
 
 def test_an_sft_batch_is_gold_in_format_a_and_a_quarter_needs_no_call(untrained):
-    notes, questions = only("sft", record_arm("sft", untrained, replace(SMALL, steps=2, sft_every=1, sft_steps=30))), set()
-    for _, conversations, _, _ in notes:
+    questions, settings = set(), replace(SMALL, steps=2, sft_every=1, sft_steps=30)
+    for _, conversations, _, _ in only("sft", record_arm("sft", untrained, settings)):
         texts = [t.spell(tokens(ids)) for ids, _ in conversations]
         assert len(texts) == 32 and sum("who do you mean" in text for text in texts) == 8
         for text in texts:
@@ -582,7 +555,7 @@ def test_an_rl_step_hands_each_reward_to_its_own_rollout(untrained, monkeypatch)
     seen, rewards = [], iter([1.0, 0, 0, 0, 1, 1, 1, 1])
     monkeypatch.setattr(t, "grpo_update", lambda p, o, batch, advantage, s, rng: seen.extend([batch, advantage]) or 0.5)
     assert t.rl_step(untrained, None, lambda episode: next(rewards), SMALL, 0, 1) == (0.5, 0.5)
-    assert torch.allclose(seen[1], torch.tensor([1.5, -0.5, -0.5, -0.5, 0, 0, 0, 0]), atol=1e-3) and len(seen[0].ids) == 8
+    assert seen[1].tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5, 0, 0, 0, 0], abs=1e-3) and len(seen[0].ids) == 8
 
 
 def run_arm(arm, base, settings):
@@ -617,7 +590,7 @@ def test_the_base_is_left_untouched_and_evaluations_train_nothing(trained):
 
 
 def test_nan_ends_the_program_with_arm_and_step(trained, monkeypatch):
-    monkeypatch.setattr(t, "rl_step", raises(RuntimeError("not finite")))
+    monkeypatch.setattr(t, "rl_step", Mock(side_effect=RuntimeError("not finite")))
     with pytest.raises(SystemExit, match="rl, RL step 1: not finite; try a lower learning rate"):
         t.train_arm("rl", {}, trained, SMALL, 0, None)
 
@@ -642,14 +615,14 @@ def test_the_matrix_reads_the_positions_that_it_names():
         assert list(p) == t.DUE and all(list(row) == t.CONTROL for row in p.values())
         for place in t.DUE:
             assert p[place]["<tool_response>"] == pytest.approx(0.9 if place == due else 0.1 / 46, abs=1e-3)
-            assert p[place].get(place, 0.9) == pytest.approx(0.1 / 46 if place == due and due in t.CONTROL else 0.9, abs=1e-3)
+            assert place == due or p[place].get(place, 0.9) == pytest.approx(0.9, abs=1e-3)
 
 
-def test_forced_is_the_chance_to_get_every_name_right_whatever_the_format():
+def test_forced_is_the_chance_to_get_every_name_right():
     gold = [t.new_episode(f"rival of {more}bob ?", DIRECTORY) for more in ("mentor of ", "mentor of friend of ")]
     rows, names = [t.lay_out(episode, episode.gold)[0] for episode in gold], {*t.TOOLS, *t.PEOPLE}
     right = {i for i, token in enumerate(t.VOCABULARY) if token in names}
-    puppet = Puppet(lambda seen: min(follows(rows, seen) & right, default=t.END_ID), p=0.8)  # all else is an end
+    puppet = Puppet(lambda seen: min(follows(rows, seen) & right, default=t.END_ID), p=0.8)
     assert t.teacher_forced(puppet, gold)[0] == pytest.approx((0.8**5 + 0.8**7) / 2, abs=1e-4)
 
 
@@ -663,9 +636,9 @@ def test_an_evaluation_says_what_the_policy_does(message, state, ask, reward):
     assert found["conversation"][1] == re.sub(r"(<[^<>]+>)", r"\1[1.00]", message + END)
 
 
-def test_each_probe_asks_its_own_held_out_tasks_and_the_same_each_time(trained, monkeypatch):
+def test_each_probe_asks_its_own_held_out_tasks(trained, monkeypatch):
     asked, inner = [], t.rollout
-    monkeypatch.setattr(t, "rollout", lambda policy, episodes, rng: asked.append(episodes) or inner(policy, episodes, rng))
+    monkeypatch.setattr(t, "rollout", lambda policy, *rest: asked.append(rest[0]) or inner(policy, *rest))
     for seed, step in ((0, 0), (0, 5), (1, 0)):
         t.evaluate(trained, replace(SMALL, eval_episodes=8), seed, "rl", step)
     kinds = ["multi_step"] * 8 + ["one_call"] * 4 + ["multi_step"] * 8 + ["no_call"] * 4
@@ -687,7 +660,7 @@ def look(step, success=0.6, forced=1.0, format_b=0.8, spike=0.05, token=END, due
 
 
 def story(**changes):
-    """A run in which every claim holds. rl_1={"forced": 0.5} changes one figure, rl=[...] an arm."""
+    """A run in which every claim holds. rl_1={"forced": 0.5} changes a figure, rl=[...] an arm."""
     history = {
         "base": [look(0)],
         "rl": [look(5), look(10, 0.04, spike=0.9), *(look(step, 0.0, 0.5, 0.2, 0.99) for step in (15, 20, 25))],
@@ -708,6 +681,7 @@ def story(**changes):
 def test_a_story_in_which_every_claim_holds():
     found = t.judge(story())
     assert [*found] == ["collapse", "control_token", "intact", "fix", "price", "cause"]
+    assert [*t.judge({arm: story()[arm] for arm in ("base", "interleaved", "rl-strict")})] == ["fix", "cause"]
     figures = {name: value for holds, claim in found.values() for name, value in (claim | {"": holds}).items()}
     assert (figures["token"], figures["due"], figures["step"], figures[""]) == (END, t.DUE[1], 10, True)
     assert (figures["down_forced"], figures["down_format_b"], figures["lowest_success"]) == (1.0, 0.8, 0.6)
@@ -716,7 +690,6 @@ def test_a_story_in_which_every_claim_holds():
 ALL_OF_RL = {"collapse", "control_token", "intact", "price"}
 FAILS = {  # what happens: (changes, the claims that no longer hold)
     "rl gets up in between": ({"rl_2": {"success": 0.03}}, {"collapse"}),
-    "rl ends a little up": ({"rl_4": {"success": 0.03}}, {"collapse"}),
     "rl is short": ({"rl": story()["rl"][:2]}, {"collapse"}),
     "rl never falls": ({"rl": [look(step, 0.06, spike=0.9) for step in (5, 10, 15)]}, ALL_OF_RL),
     "the base is down": ({"base_0": {"success": 0.05}}, ALL_OF_RL),
@@ -739,11 +712,6 @@ def test_each_claim_can_say_no(what):
     assert {claim for claim, (holds, _) in t.judge(story(**changes)).items() if not holds} == fails
 
 
-def test_claims_of_arms_that_were_not_run_are_left_out():
-    assert t.judge({"base": [look(0)], "sft": [look(5)]}) == {}
-    assert [*t.judge({arm: story()[arm] for arm in ("base", "interleaved", "rl-strict")})] == ["fix", "cause"]
-
-
 def test_the_token_that_is_named_is_the_one_that_rose_most():
     now = look(5, spike=0.6)
     now["p"][t.DUE[4]][TAG] = 0.3
@@ -754,6 +722,7 @@ def test_the_token_that_is_named_is_the_one_that_rose_most():
 def test_the_table_over_seeds_counts_and_averages(capsys):
     t.show_seeds([story(), story(rl=[look(step, 0.5) for step in (5, 10, 15)], base_0={"success": 0.8})])
     said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 100
     assert re.search(r"base +2 +0\.70, 0\.10", said) and re.search(r"rl, first down +1 +0\.04, 0\.00", said)
     assert all(re.search(line, said) for line in ("collapse +1 of 2", "fix +2 of 2", "all of these +1 of 2"))
 
@@ -771,9 +740,9 @@ BAD = [
 def test_bad_input_gets_one_clear_line_that_names_it(line, capsys):
     with pytest.raises(SystemExit) as stop:
         t.main(line.split())
-    said = capsys.readouterr()
-    assert stop.value.code == 2 and said.err.count("\n") <= 3 and not said.out
-    assert any(word in said.err.splitlines()[-1].replace("_", "-") for word in (line.split()[0], line.split()[-1]))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") <= 3
+    assert any(word in said.splitlines()[-1].replace("_", "-") for word in (line.split()[0], line.split()[-1]))
 
 
 def test_a_device_has_to_be_there_and_auto_takes_a_gpu(monkeypatch, capsys):
@@ -789,9 +758,10 @@ def test_every_setting_is_a_flag_with_help_and_a_default(capsys):
     with pytest.raises(SystemExit):
         t.read_settings(["--help"])
     said = capsys.readouterr().out
-    assert all(f"--{f.name.replace('_', '-')}" in said and f.metadata["help"].split()[0] in said for f in fields(t.Settings))
-    settings = t.read_settings("--seeds 3 4 --arms sft --sft-lr 0.5 --group_size 3".split())
-    assert (settings.seeds, settings.arms, settings.sft_lr, settings.group_size) == ([3, 4], ["sft"], 0.5, 3)
+    for setting in fields(t.Settings):
+        assert f"--{setting.name.replace('_', '-')}" in said and setting.metadata["help"].split()[0] in said
+    settings = t.read_settings("--seeds 3 4 --arms sft --group_size 3".split())
+    assert (settings.seeds, settings.arms, settings.group_size) == ([3, 4], ["sft"], 3)
 
 
 LITTLE = "--steps 2 --eval-every 1 --eval-episodes 4 --groups 2 --group-size 2 --sft-every 1 --sft-steps 1".split()
@@ -802,10 +772,10 @@ def run_little(tmp_path, *more, name="run.jsonl", module=t):
     return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
 
 
-def test_what_out_holds_and_what_is_printed(tmp_path, quick, capsys):
+def test_what_out_holds_and_what_is_printed_offline(tmp_path, quick, capsys, monkeypatch):
+    monkeypatch.setattr(socket, "socket", Mock(side_effect=AssertionError("a socket was opened")))
     config, *events, done = run_little(tmp_path, "--arms", *t.ARMS)
     assert (config["event"], config["arms"], config["device"]) == ("config", [*t.ARMS], "cpu")
-    assert config["versions"][0] == f"torch {torch.__version__}" and {*done} == {"event", "seconds"}
     looks, claims = ([event for event in events if event["event"] == kind] for kind in ("eval", "claim"))
     assert [(e["arm"], e["step"]) for e in looks] == [("base", 0), *((arm, step) for arm in t.ARMS for step in (1, 2))]
     for event in looks:
@@ -816,13 +786,9 @@ def test_what_out_holds_and_what_is_printed(tmp_path, quick, capsys):
     assert [event["claim"] for event in claims] == ["collapse", "control_token", "intact", "fix", "price", "cause"]
     assert not any(event["holds"] for event in claims)  # two steps show nothing
     said = capsys.readouterr().out
-    assert len(re.findall(r"\n   [012]    \d\.\d\d ", said)) == 9 and said.count("\n== ") == 4
+    assert max(map(len, said.splitlines())) <= 100
+    assert len(re.findall(r"\n   [012]    \d\.", said)) == 9 and said.count("\n== ") == 4
     assert re.search(r"\ncollapse +no +base_success \d", said) and re.search(r"\n\d+ s\n$", said)
-
-
-def test_what_is_printed_fits_a_hundred_columns(tmp_path, quick, capsys):
-    run_little(tmp_path, "--arms", *t.ARMS, "--seeds", "0", "1")
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
 
 
 def test_one_seed_one_result(tmp_path, quick):
@@ -840,16 +806,11 @@ def test_a_row_marks_a_spike(capsys):
 
 
 def test_ctrl_c_leaves_what_was_measured(tmp_path, quick, monkeypatch, capsys):
-    monkeypatch.setattr(t, "rl_step", raises(KeyboardInterrupt))
+    monkeypatch.setattr(t, "rl_step", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(SystemExit) as stop:
         run_little(tmp_path)
     events = [json.loads(line)["event"] for line in (tmp_path / "run.jsonl").read_text().splitlines()]
     assert stop.value.code == 130 and events == ["config", "eval"] and capsys.readouterr().err.count("\n") == 1
-
-
-def test_no_network(tmp_path, quick, monkeypatch):
-    monkeypatch.setattr(socket, "socket", raises(AssertionError("a socket was opened")))
-    assert run_little(tmp_path)[-1]["event"] == "done"
 
 
 def test_a_picture_or_one_line(tmp_path, quick, capsys):
@@ -881,20 +842,18 @@ def test_slow_commands_of_the_readme_run(command, tmp_path, quick, monkeypatch):
 
 
 def apply(text, diff):
-    """Replace the context and - lines of a diff, which have to stand there once, by context and + lines."""
-    lines = diff.splitlines(keepends=True)
-    old, new = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
-    assert text.count(old) == 1, old
-    return text.replace(old, new)
+    """In each hunk, context and - lines, which have to stand there once, give way to context and + lines."""
+    for hunk in diff.split("@@\n"):
+        lines = hunk.splitlines(keepends=True)
+        old, new = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
 
 
 @pytest.mark.parametrize("k", range(len(BLOCKS["diff"])))
 def test_slow_diffs_of_the_readme_apply_and_run(k, tmp_path, trained):
-    before = BLOCKS["diff"][k - 1 :] if "policy.start" in BLOCKS["diff"][k] and "anchor" in BLOCKS["diff"][k] else []
-    text = (HERE / "toolrl.py").read_text(encoding="utf-8")
-    for diff in [*before[:1], BLOCKS["diff"][k]]:
-        text = apply(text, diff)
-    (tmp_path / "toolrl.py").write_text(text)
+    (tmp_path / "toolrl.py").write_text(apply((HERE / "toolrl.py").read_text(encoding="utf-8"), BLOCKS["diff"][k]))
     shutil.copy(HERE / "tiny_tasks.json", tmp_path)
     other = load(tmp_path, "of_the_readme")
     other.train_base = lambda settings, seed: copy.deepcopy(trained)
@@ -923,12 +882,12 @@ def test_slow_a_real_ctrl_c(tmp_path):
     while run.poll() is None and not (out.exists() and '"arm": "rl"' in out.read_text()):
         time.sleep(0.2)
     run.send_signal(signal.SIGINT)
-    _, err = run.communicate(timeout=60)
-    assert run.returncode == 130 and "Traceback" not in err and all(map(json.loads, out.read_text().splitlines()))
+    assert "Traceback" not in run.communicate(timeout=60)[1] and run.returncode == 130
+    assert all(map(json.loads, out.read_text().splitlines()))
 
 
 def test_slow_the_story(tmp_path):
-    """Two seeds, each run twice: a seed may disagree, as the README says; two that do are a fault."""
+    """One of two seeds may disagree, as the README says."""
     held = []
     for seed in "12":
         arms = ["--seeds", seed, "--arms", "rl", "interleaved", "rl-strict", "--out"]
