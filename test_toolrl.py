@@ -139,7 +139,6 @@ MISTAKES = {  # what: (place in the file, what stands there, what the line names
     "a name that stands twice": (("people", 0), "bob", "bob"),
     "an unknown person": (Q, "rival of zoe ?", "zoe"),
     "an unknown tool": (Q, "enemy of bob ?", "enemy"),
-    "no question mark": (Q, "rival of bob", "rival of bob"),
     "too many tools": (Q, "rival of " * 6 + "bob ?", "rival of rival"),
     "a question in both splits": (Q, t.TASKS["questions"]["held_out"][0], t.TASKS["questions"]["held_out"][0]),
     "no question of a kind": (("questions", "held_out"), ["friend of bob ?"], "held_out holds no no_call"),
@@ -760,8 +759,6 @@ def test_every_setting_is_a_flag_with_help_and_a_default(capsys):
     said = capsys.readouterr().out
     for setting in fields(t.Settings):
         assert f"--{setting.name.replace('_', '-')}" in said and setting.metadata["help"].split()[0] in said
-    settings = t.read_settings("--seeds 3 4 --arms sft --group_size 3".split())
-    assert (settings.seeds, settings.arms, settings.group_size) == ([3, 4], ["sft"], 3)
 
 
 LITTLE = "--steps 2 --eval-every 1 --eval-episodes 4 --groups 2 --group-size 2 --sft-every 1 --sft-steps 1".split()
@@ -805,12 +802,17 @@ def test_a_row_marks_a_spike(capsys):
     assert low.endswith(f"0.39 {END} at {t.DUE[1]}") and high.endswith(f"0.41 {END} at {t.DUE[1]} *")
 
 
-def test_ctrl_c_leaves_what_was_measured(tmp_path, quick, monkeypatch, capsys):
-    monkeypatch.setattr(t, "rl_step", Mock(side_effect=KeyboardInterrupt))
+def test_ctrl_c_leaves_what_was_measured_on_disk(tmp_path, quick, monkeypatch, capsys):
+    seen = []
+
+    def rl_step(*args):
+        seen.extend(json.loads(line)["event"] for line in open(tmp_path / "run.jsonl"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(t, "rl_step", rl_step)
     with pytest.raises(SystemExit) as stop:
         run_little(tmp_path)
-    events = [json.loads(line)["event"] for line in (tmp_path / "run.jsonl").read_text().splitlines()]
-    assert stop.value.code == 130 and events == ["config", "eval"] and capsys.readouterr().err.count("\n") == 1
+    assert stop.value.code == 130 and seen == ["config", "eval"] and capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_picture_or_one_line(tmp_path, quick, capsys):
@@ -883,12 +885,10 @@ def test_slow_a_real_ctrl_c(tmp_path):
         time.sleep(0.2)
     run.send_signal(signal.SIGINT)
     assert "Traceback" not in run.communicate(timeout=60)[1] and run.returncode == 130
-    assert all(map(json.loads, out.read_text().splitlines()))
 
 
 def test_slow_the_story(tmp_path):
-    """One of two seeds may disagree, as the README says."""
-    held = []
+    held = []  # one of two seeds may disagree, as the README says
     for seed in "12":
         arms = ["--seeds", seed, "--arms", "rl", "interleaved", "rl-strict", "--out"]
         runs = [in_a_process(*arms, str(tmp_path / name), cwd=tmp_path) for name in "ab"]
