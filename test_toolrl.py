@@ -489,15 +489,15 @@ def test_phases_and_evaluations_come_when_they_are_due(untrained):
 
 
 def test_arms_meet_the_same_tasks_and_draws(untrained):
-    settings = replace(SMALL, steps=4, sft_every=2)
+    settings = replace(SMALL, steps=6, sft_every=2)
     notes = {arm: record_arm(arm, untrained, settings) for arm in t.ARMS}
     met = {arm: [note[1:3] for note in only("rollout", notes[arm])] for arm in notes}
     orders = {arm: [note[1] for note in only("grpo", notes[arm])] for arm in notes}
     gold = [[note[1] for note in only("sft", notes[arm])] for arm in ("interleaved", "sft")]
     assert met["rl"] == met["interleaved"] == met["rl-strict"] and met["sft"] == []
-    assert orders["rl"] == orders["interleaved"] == orders["rl-strict"] and gold[0] == gold[1] and len(gold[0]) == 1
-    for drawn in ([tasks for tasks, _ in met["rl"]], [draws for _, draws in met["rl"]], orders["rl"]):
-        assert len({str(one) for one in drawn}) == 4  # another at each step
+    assert orders["rl"] == orders["interleaved"] == orders["rl-strict"] and gold[0] == gold[1]
+    for drawn in (*zip(*met["rl"]), orders["rl"], gold[0]):
+        assert len({str(one) for one in drawn}) == len(drawn) >= 2  # another at each step
 
 
 def test_a_group_is_one_task_whose_episodes_share_nothing_that_changes(untrained):
@@ -639,13 +639,13 @@ def test_each_probe_asks_its_own_held_out_tasks(trained, monkeypatch):
     asked, inner = [], t.rollout
     monkeypatch.setattr(t, "rollout", lambda policy, *rest: asked.append(rest[0]) or inner(policy, *rest))
     for seed, step in ((0, 0), (0, 5), (1, 0)):
-        t.evaluate(trained, replace(SMALL, eval_episodes=8), seed, "rl", step)
-    kinds = ["multi_step"] * 8 + ["one_call"] * 4 + ["multi_step"] * 8 + ["no_call"] * 4
-    assert [e.fmt for e in asked[0]] == ["A"] * 12 + ["B"] * 8 + ["A"] * 4
+        t.evaluate(trained, replace(SMALL, eval_episodes=40), seed, "rl", step)
+    kinds = ["multi_step"] * 40 + ["one_call"] * 20 + ["multi_step"] * 40 + ["no_call"] * 20
+    assert [e.fmt for e in asked[0]] == ["A"] * 60 + ["B"] * 40 + ["A"] * 20
     assert all(e.question in t.QUESTIONS["held_out", kind] for e, kind in zip(asked[0], kinds))
     first, same, other = ([(e.question, e.directory, e.messages) for e in episodes] for episodes in asked)
     assert first == same and [one[1] for one in first] != [one[1] for one in other]
-    assert len({e.question for e in asked[0][:8]}) == 8
+    assert len({e.question for e in asked[0][:40]}) == 40
 
 
 # ---- Claims
@@ -794,12 +794,13 @@ def test_one_seed_one_result(tmp_path, quick):
     assert [{**event, "seed": 0} for event in other[1:-1]] != first[1:-1]
 
 
-def test_a_row_marks_a_spike(capsys):
-    with open(os.devnull, "w") as out:
-        for spike in (0.39, 0.41):
-            t.keep(look(5, spike=spike), {"base": [look(0)]}, out)
+def test_a_row_marks_a_spike_and_evaluations_are_kept_in_order(capsys):
+    history = {"base": [look(0)]}
+    for step, spike in ((5, 0.39), (10, 0.41)):
+        t.keep(look(step, spike=spike), history, Mock())
     low, high = capsys.readouterr().out.splitlines()
     assert low.endswith(f"0.39 {END} at {t.DUE[1]}") and high.endswith(f"0.41 {END} at {t.DUE[1]} *")
+    assert [event["step"] for event in history["rl"]] == [5, 10]
 
 
 def test_ctrl_c_leaves_what_was_measured_on_disk(tmp_path, quick, monkeypatch, capsys):
@@ -843,8 +844,7 @@ def test_slow_commands_of_the_readme_run(command, tmp_path, quick, monkeypatch):
         assert (tmp_path / out).read_text().count("\n") > 3
 
 
-def apply(text, diff):
-    """In each hunk, context and - lines, which have to stand there once, give way to context and + lines."""
+def apply(text, diff):  # in each hunk, context and - lines have to stand there once
     for hunk in diff.split("@@\n"):
         lines = hunk.splitlines(keepends=True)
         old, new = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
