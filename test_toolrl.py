@@ -432,9 +432,9 @@ def test_the_base_is_trained_on_that_log(monkeypatch):
 
 
 def test_a_new_policy_follows_its_seed(untrained):
-    assert torch.equal(weights(untrained), weights(t.new_policy(0, "cpu")))
-    assert not torch.equal(weights(untrained), weights(t.new_policy(1, "cpu")))
-    assert len(weights(untrained)) == 85_248 and weights(untrained).std().item() == pytest.approx(0.1, rel=0.3)
+    same = [torch.equal(weights(untrained), weights(t.new_policy(seed, "cpu"))) for seed in (0, 1)]
+    assert same == [True, False] and weights(untrained).std().item() == pytest.approx(0.1, rel=0.3)
+    assert (len(weights(untrained)), untrained.get_input_embeddings().padding_idx) == (85_248, 0)
 
 
 # ---- Arms: what lies between the functions
@@ -592,18 +592,18 @@ def test_nan_ends_the_program_with_arm_and_step(trained, monkeypatch):
 
 # ---- Probes
 
-def follows(rows, seen):
-    """The ids that come after `seen` in some of these conversations."""
-    return {row[len(seen)] for row in rows if row[: len(seen)] == seen and len(row) > len(seen)}
+def follows(laid, seen):
+    now = len(seen)
+    return {ids[now] for ids, sampled in laid if ids[:now] == seen and len(ids) > now and sampled[now]}
 
 
 def test_the_matrix_reads_the_positions_that_it_names():
     gold = [draw("multi_step", seed) for seed in range(6)]
-    rows = [t.lay_out(episode, episode.gold)[0] for episode in gold]
+    laid = [t.lay_out(episode, episode.gold) for episode in gold]
     wrong = t.VOCABULARY.index("<tool_response>")
     for due in t.DUE:
         def next_id(seen):  # right, but where `due` is due: there, <tool_response>
-            right = min(follows(rows, seen), default=0)
+            right = min(follows(laid, seen), default=0)
             return wrong if right == t.VOCABULARY.index(due) else right
 
         _, p = t.teacher_forced(Puppet(next_id, p=0.9), gold)
@@ -615,9 +615,9 @@ def test_the_matrix_reads_the_positions_that_it_names():
 
 def test_forced_is_the_chance_to_get_every_name_right():
     gold = [t.new_episode(f"rival of {more}bob ?", DIRECTORY) for more in ("mentor of ", "mentor of friend of ")]
-    rows, names = [t.lay_out(episode, episode.gold)[0] for episode in gold], {*t.TOOLS, *t.PEOPLE}
+    laid, names = [t.lay_out(episode, episode.gold) for episode in gold], {*t.TOOLS, *t.PEOPLE}
     right = {i for i, token in enumerate(t.VOCABULARY) if token in names}
-    puppet = Puppet(lambda seen: min(follows(rows, seen) & right, default=t.END_ID), p=0.8)
+    puppet = Puppet(lambda seen: min(follows(laid, seen) & right, default=t.END_ID), p=0.8)
     assert t.teacher_forced(puppet, gold)[0] == pytest.approx((0.8**5 + 0.8**7) / 2, abs=1e-4)
 
 
