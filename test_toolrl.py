@@ -33,7 +33,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def trained():
-    return t.train_base(DEFAULTS, 0)  # tests that train it take a copy
+    return t.train_base(DEFAULTS, 0)  # tests train a copy
 
 
 @pytest.fixture
@@ -115,8 +115,8 @@ def test_a_question_is_walked_from_the_person_outwards():
 
 
 def test_each_token_is_one_id_and_padding_is_not_the_end():
-    ids = [t.TOKENIZER.encode(token, add_special_tokens=False) for token in t.VOCABULARY]
-    assert ids == [[i] for i in range(len(t.TOKENIZER))]
+    order = dict.fromkeys([t.PAD, *t.CONTROL, *t.JSON, *t.WORDS])  # the same in every process
+    assert [*map(t.TOKENIZER.encode, order)] == [[i] for i in range(len(t.TOKENIZER))]
     assert t.TOKENIZER.pad_token_id == 0 != t.END_ID == t.TOKENIZER.convert_tokens_to_ids(END)
 
 
@@ -126,8 +126,8 @@ def test_calls_and_replies_decode_to_the_very_text(fmt):
     for text in [call, "The answer is bob", "who do you mean ?", t.OPEN[fmt], ""]:
         assert t.spell(tokens(t.encode_message(text))) == text + END
     assert len(t.encode_message(call)) == 8 and t.parse_call(call, fmt) == ("rival", "bob")
-    for text in (" " + call, call + "x", call * 2, call[:-1], call.replace("bob", ""), call.replace("call", "c")):
-        assert text == call or t.parse_call(text, fmt) is None
+    for text in (" " + call, call + "x", call * 2, call[:-1], call.replace("bob", ""), call.replace("<", "<x")):
+        assert t.parse_call(text, fmt) is None
 
 
 Q = ("questions", "train", 0)
