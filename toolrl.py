@@ -1,799 +1,1007 @@
-"""toolrl: watch reinforcement learning break a tool-calling language model, see how, and mend it.
+"""toolrl: why reinforcement learning breaks a tool-calling language model, and what mends it.
 
-    python toolrl.py
+    python toolrl.py                        a tiny model, in half a minute
+    python toolrl.py --model CHECKPOINT     the same with a pretrained model
 
-The whole run:
+A run, with the functions that do it:
 
-    base = a tiny language model that has imitated a careless agent's log    train_base
-    for each arm, a way to train a copy of the base:                         train_arm
-        for each RL step:
-            before steps 6, 11 ..., in arms with SFT: imitate what is right  sft_phase
-            play some tasks, each several times: a group                     rollout
-            score each conversation: were the right calls run?               blind_reward
-            make likelier what did better than its group                     grpo_update
-            after steps 5, 10 ...: measure success, and what skill is left   evaluate
-    hold what was measured against claims                                    judge
+    for each seed:
+        base: a policy that has imitated the log of a careless agent      train_base
+        for each arm, which is one way to go on from the base:            train_arm
+            for each RL step:
+                before steps 6, 11 ... of arms with SFT: imitate          sft_phase
+                    conversations that are right
+                play some tasks, each of them several times               rollout
+                score each conversation with 1 or 0                       blind_reward
+                push up what scored better than its group                 grpo_update
+                after steps 5, 10 ...: measure                            evaluate
+        hold what was measured against claims that can fail               judge
 
-Why it collapses: the harness takes a message without a closing tag for a reply, and never reads
-replies. So where no call is due, as in nine of ten RL tasks, a bare opening tag earns as much as
-the right answer. A policy that calls too often stumbles on it first, and RL makes it likelier; and
-as one call looks like another, it breaks them everywhere. Once all conversations of a task earn the
-same, RL has nothing to go by. SFT has: it is shown what is right. It costs what it does not show.
-The finding is that of "Why Multi-Step Tool-Use Reinforcement Learning Collapses and How Supervisory
-Signals Fix It" (arXiv 2606.26027). The base's bad habits are planted, what becomes of them is not.
+A right conversation. The policy wrote the lines with ">", the harness wrote the others:
 
-The words. A policy is a language model that acts. The harness is the program around it: it runs
-its calls and, at the end, gives the reward, 1 or 0. An episode is one conversation about one task,
-a group the episodes of one task, a rollout the tokens of played episodes. Control tokens structure
-a conversation: tags around calls, marks around messages. A gold conversation is a right one: SFT
-(supervised fine-tuning) imitates it. RL (reinforcement learning) tries, and keeps what is rewarded.
-Held-out tasks are never trained on. In shapes: N episodes, M rows, T positions, V vocabulary.
+      <|im_start|>system
+      use <tool_call><|im_end|>
+      <|im_start|>user
+      rival of mentor of alice ?<|im_end|>
+      <|im_start|>assistant
+    > <tool_call>{"name": "mentor", "arguments": {"of": "alice"}}</tool_call><|im_end|>
+      <|im_start|>tool
+      <tool_response>bob</tool_response><|im_end|>
+      <|im_start|>assistant
+    > <tool_call>{"name": "rival", "arguments": {"of": "bob"}}</tool_call><|im_end|>
+      <|im_start|>tool
+      <tool_response>leo</tool_response><|im_end|>
+      <|im_start|>assistant
+    > The answer is leo<|im_end|>
+
+The same task after some steps of RL. The policy still knows what to call, but it opens a call and
+ends its message at once. The harness finds no call in this, and takes it for a reply:
+
+    > <tool_call><|im_end|>
+
+This file shows how that comes about. The finding is from "Why Multi-Step Tool-Use Reinforcement
+Learning Collapses and How Supervisory Signals Fix It", arXiv 2606.26027. The bad habits of the base
+are planted here, because real models have such habits; what RL makes of them is not planted.
+
+The words that are not PyTorch's. A policy is a language model that acts. The harness is the program
+around it: it runs the calls, returns their results and gives the reward. An episode is one
+conversation about one task; a rollout is an episode that the policy has written; a group is the
+rollouts of one task. A gold conversation is right from start to end. Supervised fine-tuning (SFT)
+makes gold conversations likelier; reinforcement learning (RL) makes rewarded rollouts likelier.
+Control tokens give a conversation its structure: tags around calls and results, marks around
+messages. A token is due where the gold conversation has it. Held-out tasks are never trained on. In
+shapes, N is episodes, M is some of them, T is tokens, V is the vocabulary.
 """
 
 import copy
+import functools
+import inspect
 import json
 import os
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
-from importlib.util import find_spec
-from itertools import product
+from argparse import RawDescriptionHelpFormatter
+from collections import namedtuple
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser
 
-# %% Settings: every knob of a run, which is the whole command line
+# %% Settings: every knob of a run
 
-# What each arm does. All have the same base, tasks and sampling seeds.
+# What an arm does to its copy of the base. Arms share all else: tasks, seeds, number of RL steps.
 ARMS = {
     "rl": {"rl"},
     "interleaved": {"rl", "sft"},
     "sft": {"sft"},
-    "rl-strict": {"rl", "strict"},  # the reward is what is evaluated: replies are read
+    "rl-strict": {"rl", "strict"},  # its reward reads the reply
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Settings:
-    seeds: list[int] = HfArg(default_factory=lambda: [0], help="one run for each")
-    arms: list[str] = HfArg(default_factory=lambda: ["rl", "interleaved"], help="in this order",
-                            metadata={"choices": list(ARMS)})
-    steps: int = HfArg(default=30, help="RL steps of an arm")
-    lr: float = HfArg(default=1.5e-4, help="learning rate of RL")
-    no_call_share: float = HfArg(default=0.9, help="share of RL's tasks where no call is due")
-    groups: int = HfArg(default=8, help="tasks in an RL step")
-    group_size: int = HfArg(default=8, help="rollouts of each of these tasks")
-    minibatches: int = HfArg(default=4, help="updates from the rollouts of an RL step")
-    clip: float = HfArg(default=0.2, help="pushes end once a probability ratio is this far from 1")
-    sft_every: int = HfArg(default=5, help="RL steps between two SFT phases")
-    sft_steps: int = HfArg(default=20, help="updates in an SFT phase")
-    sft_lr: float = HfArg(default=2e-3, help="learning rate of those updates")
-    bare_share: float = HfArg(default=0.08, help="share of the log's format-A calls cut to a tag")
-    eval_every: int = HfArg(default=5, help="RL steps between two evaluations")
-    eval_episodes: int = HfArg(default=128, help="held-out episodes that measure success")
-    device: str = HfArg(default="auto", help="cpu, cuda, mps; auto takes a GPU if there is one")
-    out: str = HfArg(default="", help="write what is measured there, one JSON object a line")
-    plot: str = HfArg(default="", help="draw the run there, as PNG, if matplotlib is installed")
+    """The command line: --no-call-share 0.5 sets no_call_share."""
+
+    # What to run
+    seeds: list[int] = field(default_factory=lambda: [0])  # a whole run for each of them
+    arms: list[str] = field(  # in this order, out of rl, interleaved, sft, rl-strict
+        default_factory=lambda: ["rl", "interleaved"], metadata={"choices": list(ARMS)}
+    )
+    model: str = ""  # start from this checkpoint, a folder or a hub name, not from a tiny Llama
+    device: str = "auto"  # cpu, cuda or mps; auto takes a GPU if there is one
+    out: str = ""  # write what is measured into this file, one JSON object a line
+
+    # Base
+    base_steps: int = 200  # SFT updates on the log of a careless agent
+    base_lr: float = 8e-3  # highest learning rate of these updates
+    bare_share: float = 0.08  # share of this log's format-A calls that end after the opening tag
+
+    # RL
+    steps: int = 30  # RL steps in an arm
+    lr: float = 1.5e-4  # learning rate of RL
+    no_call_share: float = 0.9  # share of RL's tasks that need no call
+    groups: int = 8  # tasks in an RL step
+    group_size: int = 8  # rollouts of each of these tasks
+    minibatches: int = 4  # updates from the rollouts of one RL step
+    clip: float = 0.2  # a token is pushed no further once its probability has changed by this share
+
+    # SFT
+    sft_every: int = 5  # RL steps from one SFT phase to the next
+    sft_steps: int = 20  # updates in an SFT phase
+    sft_lr: float = 3e-3  # learning rate of these updates
+    sft_batch: int = 32  # conversations in an SFT update, the base's updates too
+
+    # Evaluation
+    eval_every: int = 5  # RL steps from one evaluation to the next
+    eval_episodes: int = 128  # held-out episodes of each probe
 
 
-# %% Tasks: what is asked, read once from tiny_tasks.json
+# With --model, these take the place of the defaults above: a pretrained model needs smaller steps,
+# and each of them costs more.
+PRETRAINED = {"base_steps": 80, "base_lr": 1e-3, "steps": 20, "lr": 2e-5}
+PRETRAINED |= {"sft_every": 4, "sft_steps": 10, "sft_lr": 2e-4, "sft_batch": 16}
+PRETRAINED |= {"eval_every": 4, "eval_episodes": 32}
 
-# "rival of mentor of alice ?" takes two calls: mentor of alice, then rival of whoever that is.
-# "rival of them ?" names nobody: no call is due, the right move is to ask back.
+# %% Tasks: questions about who is whose friend
+
+# "rival of mentor of alice ?" takes two calls: the mentor of alice, then the rival of that person.
+# "rival of them ?" names nobody. No call can be right, so the policy should ask back.
+TASKS = json.loads((Path(__file__).parent / "tiny_tasks.json").read_text(encoding="utf-8"))
+TOOLS, PEOPLE, WORDING = TASKS["tools"], TASKS["people"], TASKS["wording"]
 NOBODY = "them"
-MAX_CALLS, MAX_TOKENS = 6, 20  # in one conversation, and in one message; a call is 7 tokens
-KINDS = {"no_call": [0], "one_call": [1], "multi_step": [2, 3, 4, 5], "tool": [1, 2, 3, 4, 5]}
-FORMAT = re.compile(r"(<[^<>\s]+>)([^<>]+)TOOL([^<>]+)PERSON([^<>]+)(<[^<>\s]+>)")
+KINDS = ["no_call", "one_call", "multi_step"]  # multi_step tasks take two calls or three
 
 
 def parse_question(question):
-    """"rival of mentor of alice ?" -> ["mentor", "rival"], "alice": the tools to call, in order"""
+    """Split "rival of mentor of alice ?" into ["rival", "mentor"] and "alice"."""
     *tools, person = question.removesuffix(" ?").split(" of ")
-    return ([] if person == NOBODY else tools[::-1]), person
+    return tools, person
 
 
-def check_tasks(tasks):
-    """Raises AssertionError or KeyError for the first mistake in the tasks file."""
-    names = [*tasks["tools"], *tasks["people"], NOBODY]
-    for name in names:
-        single = re.fullmatch(r"\w+", name) and names.count(name) == 1
-        assert single, f"the name {name!r} is not one word, or stands twice"
-    formats = [FORMAT.fullmatch(tasks["formats"][fmt]) for fmt in "AB"]
-    assert all(formats), "formats A and B read <tag>, text, TOOL, text, PERSON, text, <tag>"
-    assert len({w[k] for w in formats for k in (1, 5)}) == 4, "A and B need four different tags"
-    for key, word in {"system": "TAG", "answer": "PERSON", "ask_back": "", "preamble": ""}.items():
-        assert word in tasks["wording"][key], f"the wording of {key} lacks {word}"
-    train, held_out = tasks["questions"]["train"], tasks["questions"]["held_out"]
-    tools, people = "|".join(tasks["tools"]), "|".join([*tasks["people"], NOBODY])
-    for question in [*train, *held_out]:
-        whole = re.fullmatch(rf"(({tools}) of ){{1,5}}({people}) \?", question)
-        unknown = {*question.split()} - {*names, "of", "?"} or "none"
-        assert whole, f"{question!r} is not 'TOOL of ... PERSON ?'; unknown words: {unknown}"
-        assert question not in train or question not in held_out, f"{question!r} is in both splits"
+def check_tasks():
+    """Raise ValueError for a mistake in tiny_tasks.json that would spoil a run silently."""
+    for name in TOOLS + PEOPLE:
+        if not name.isidentifier():
+            raise ValueError(f"tiny_tasks.json: the name {name!r} is not a single word")
+    for kind in KINDS:
+        train = TASKS["train"][kind]
+        held_out = TASKS["held_out"][kind]
+        for question in train + held_out:
+            tools, person = parse_question(question)
+            calls = 0 if person == NOBODY else len(tools)
+            known = set(tools) <= set(TOOLS) and person in PEOPLE + [NOBODY]
+            if not known or kind != KINDS[min(calls, 2)]:
+                raise ValueError(f"tiny_tasks.json: {question!r} is no {kind} question")
+        if set(train) & set(held_out):
+            raise ValueError(f"tiny_tasks.json: a {kind} question is in train and in held_out")
 
 
-folder = Path(globals().get("__file__", "toolrl.py")).parent  # a notebook has no __file__
-QUESTIONS = {}  # (split, kind) -> questions
-try:
-    TASKS = json.loads((folder / "tiny_tasks.json").read_text(encoding="utf-8"))
-    check_tasks(TASKS)
-    for (split, texts), kind in product(TASKS["questions"].items(), KINDS):
-        found = [text for text in texts if len(parse_question(text)[0]) in KINDS[kind]]
-        assert found, f"{split} holds no {kind} question"
-        QUESTIONS[split, kind] = found
-except (OSError, ValueError, AssertionError, KeyError, TypeError, AttributeError) as error:
-    print(f"toolrl: tiny_tasks.json: {type(error).__name__}: {error}", file=sys.stderr)
-    raise SystemExit(2)
-TOOLS, PEOPLE, FORMATS, WORDING = (TASKS[key] for key in ("tools", "people", "formats", "wording"))
-
-# %% Messages: text to token ids and back
-
-END, PAD = "<|im_end|>", "<pad>"  # not the same, or whoever hides padding hides the end
-OPEN, CLOSE, JSON = {}, {}, []  # the pieces of each format: its tags, and what stands in between
-for fmt in ["A", "B"]:
-    OPEN[fmt], *pieces, CLOSE[fmt] = FORMAT.fullmatch(FORMATS[fmt]).groups()
-    JSON += pieces
-CONTROL = ["<|im_start|>", END, *OPEN.values(), *CLOSE.values()]
-CONTROL += ["<tool_response>", "</tool_response>"]
-phrases = " ".join(WORDING.values()).replace("TAG", "").replace("PERSON", "")
-WORDS = f"system user assistant tool error of {NOBODY} ? {phrases}".split() + TOOLS + PEOPLE
-VOCABULARY = list(dict.fromkeys([PAD, *CONTROL, *JSON, *WORDS]))  # no repeats; PAD is id 0
-
-# One id for each control token, piece of JSON and word: a call is 7 tokens. White space has none.
-core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}))
-core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-core.add_special_tokens([PAD, *CONTROL])
-core.add_tokens(JSON)
-TOKENIZER = PreTrainedTokenizerFast(
-    tokenizer_object=core, pad_token=PAD, eos_token=END, additional_special_tokens=CONTROL,
-    chat_template=(  # the layout of Qwen and Hermes
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"))
-END_ID = TOKENIZER.eos_token_id
-CONTROL_IDS = TOKENIZER.convert_tokens_to_ids(CONTROL)
-
-
-@lru_cache(maxsize=None)  # a few hundred texts are encoded tens of thousands of times
-def encode_chat(*messages):
-    """(role, text) pairs that the policy reads -> ids, up to where it has to write."""
-    chat = [{"role": role, "content": content} for role, content in messages]
-    text = TOKENIZER.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    return tuple(TOKENIZER.encode(text, add_special_tokens=False))
-
-
-@lru_cache(maxsize=None)
-def encode_message(message):
-    """A message that the policy writes -> ids, with the token that ends it."""
-    return tuple(TOKENIZER.encode(message + END, add_special_tokens=False))
-
-
-# What the policy reads after a call. An unknown call gets an error.
-RESULTS = {result: encode_chat(("tool", f"<tool_response>{result}</tool_response>"))
-           for result in [*PEOPLE, "error"]}
-
-
-def spell(tokens):
-    """Tokens -> text. A space stands between two words and nowhere else."""
-    text = ""
-    for before, token in zip([None, *tokens], tokens):
-        text += f" {token}" if before in WORDS and token in WORDS else token
-    return text
-
-
-def call_text(tool, person, fmt):
-    return FORMATS[fmt].replace("TOOL", tool).replace("PERSON", person)
-
-
-def parse_call(message, fmt):
-    """A message that is one call and nothing else -> (tool, person), any other -> None"""
-    pattern = re.escape(FORMATS[fmt]).replace("TOOL", r"(\w+)").replace("PERSON", r"(\w+)")
-    found = re.fullmatch(pattern, message)
-    return found.groups() if found else None
-
-
-# %% Environment: the harness, and what it pays for
-
-@dataclass
-class Episode:
-    """One conversation about one task: what would be right, and what has been said."""
-
-    question: str
-    fmt: str  # A or B
-    opening: tuple  # ids of what the policy reads first
-    directory: dict  # call (tool, person) -> its result
-    gold_calls: list  # the right calls, in order
-    gold: list  # the policy's messages in the gold conversation: those calls, then the reply
-    messages: list = field(default_factory=list)
-    calls: list = field(default_factory=list)
-    replied: bool = False
-    done: bool = False
+def rng_for(seed, purpose, step=0):
+    """A random generator for one purpose, so that what other purposes draw changes nothing."""
+    return np.random.default_rng(list(f"{seed} {purpose} {step}".encode()))
 
 
 def new_directory(rng):
-    """Who is whose rival, mentor ...: drawn for each task, so no answer can be memorised."""
-    calls = list(product(TOOLS, PEOPLE))
-    return dict(zip(calls, rng.choice(PEOPLE, len(calls)).tolist()))
+    """What each call returns: (tool, person) -> person. Drawn anew for each task, so that only
+    calls can find an answer, never memory."""
+    calls = [(tool, person) for tool in TOOLS for person in PEOPLE]
+    return dict(zip(calls, rng.choice(PEOPLE, len(calls)).tolist(), strict=True))
 
 
-def new_episode(question, directory, fmt="A"):
-    """Walk the directory: which calls the question takes, and what reply they lead to."""
+def right_answer(question, directory):
+    """The calls that a question takes, in order, and the reply that they lead to.
+
+    Calls go from the person outwards, so "rival of mentor of alice ?" starts with the mentor.
+    """
     tools, person = parse_question(question)
-    calls, reply = [], WORDING["answer"] if tools else WORDING["ask_back"]
-    for tool in tools:
+    if person == NOBODY:
+        return [], WORDING["ask_back"]
+    calls = []
+    for tool in reversed(tools):
         calls.append((tool, person))
         person = directory[tool, person]
-    gold = [call_text(*call, fmt) for call in calls] + [reply.replace("PERSON", person)]
-    system = WORDING["system"].replace("TAG", OPEN[fmt])  # it names the format that is in force
-    opening = encode_chat(("system", system), ("user", question))
-    return Episode(question, fmt, opening, directory, calls, gold)
+    return calls, WORDING["answer"].replace("PERSON", person)
 
 
-def classify(message, fmt):
-    """The paper's states of a message: a call, words, tags alone (there: collapsed), a mixture."""
-    if parse_call(message, fmt):
-        return "healthy_call"
-    if not re.sub(r"<[^<>]*>", "", message).strip():
-        return "bare_tag"
-    polluted = any(piece in message for piece in [PAD, *CONTROL, *JSON])
-    return "text_pollution" if polluted else "healthy_response"
+# %% Text and tokens: calls as text, text as token ids
+
+END = "<|im_end|>"  # the token that ends a message
+OPEN = TASKS["open"]  # the tags of formats A and B, which are alike otherwise
+CLOSE = TASKS["close"]
+CONTROL = ["<|im_start|>", END]
+CONTROL += [*OPEN.values(), *CLOSE.values(), "<tool_response>", "</tool_response>"]
+NAMES = rf"\b({'|'.join(TOOLS + PEOPLE + [NOBODY])})\b"
 
 
-def respond(episode, message, finished=True):
-    """Take one message of the policy. -> the result of its call, None if the conversation is over
+def call_text(tool, person, fmt):
+    """A call as the policy should write it: JSON between the tags of a format."""
+    return OPEN[fmt] + json.dumps({"name": tool, "arguments": {"of": person}}) + CLOSE[fmt]
 
-    A message with a closing tag has to be a whole call, which is run. All others are replies. Cut
-    off before <|im_end|> (not finished) it is neither. MAX_CALLS is the end without a reply.
+
+def parse_call(message, fmt):
+    """The (tool, person) of a message that is one whole call and nothing else, otherwise None."""
+    try:
+        call = json.loads(message.removeprefix(OPEN[fmt]).removesuffix(CLOSE[fmt]))
+        tool = str(call["name"])
+        person = str(call["arguments"]["of"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    return (tool, person) if message == call_text(tool, person, fmt) else None
+
+
+def tiny_tokenizer():
+    """A tokenizer for the tiny world. Tags and names are tokens, and so is all that stands between.
+
+    "The answer is leo" is "The answer is " and "leo"; a call is 7 tokens.
     """
-    episode.messages.append(message)
-    call = parse_call(message, episode.fmt)
-    if call and finished:
-        episode.calls.append(call)
-        if len(episode.calls) < MAX_CALLS:
-            return episode.directory.get(call, "error")
-    episode.replied = finished and CLOSE[episode.fmt] not in message
-    episode.done = True
-    return None
+    pad = "<pad>"  # It must not be <|im_end|>: code that masks padding would mask the end, too.
+    # All that is said in this world, but for names.
+    texts = ["system\n" + WORDING["system"].replace("TAG", OPEN["A"]), "user\n", " of ", " ?"]
+    texts += ["assistant\n", call_text(TOOLS[0], PEOPLE[0], "A"), "tool\n", "error"]
+    texts += [WORDING["answer"].replace("PERSON", PEOPLE[0]), WORDING["ask_back"]]
+    texts += [WORDING["preamble"] + " ", "\n"]
+    splitter = pre_tokenizers.Split(Regex(rf"<[^<>\s]+>|{NAMES}"), "isolated")
+    tokens = [pad] + CONTROL + TOOLS + PEOPLE + [NOBODY]
+    for text in texts:
+        tokens += [piece for piece, _ in splitter.pre_tokenize_str(text)]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}  # each token once
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=pad))
+    core.pre_tokenizer = splitter
+    core.decoder = decoders.Fuse()
+    template = (  # the layout of Hermes and Qwen
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'tool' %}<tool_response>{{ m.content }}</tool_response>"
+        "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=pad, chat_template=template
+    )
+
+
+class Chat:
+    """What the harness has to know of a tokenizer, the same for the tiny one and for any other.
+
+    Raises ValueError for a chat template that does not end messages with <|im_end|>.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.end = tokenizer.convert_tokens_to_ids(END)
+        self.control = dict(zip(tokenizer.convert_tokens_to_ids(CONTROL), CONTROL, strict=True))
+        # The template renders one conversation, whole, because many templates put a system message
+        # of their own before a message that is rendered alone. The words in capitals are then
+        # replaced by what a task says there.
+        words = {"system": "SYSTEM", "user": "QUESTION", "assistant": "CALL", "tool": "RESULT"}
+        messages = [{"role": role, "content": word} for role, word in words.items()]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if "CALL" + END not in text:
+            raise ValueError(f"its chat template does not end messages with {END}")
+        self.before_message, self.after_call = text.split("CALL" + END)
+
+    @functools.cache  # a few hundred texts are encoded again and again
+    def encode(self, text):
+        """Text -> ids. Raises ValueError for a text that does not survive this."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if self.decode(ids) != text:
+            raise ValueError(f"the tokenizer cannot write {text!r}")
+        return ids
+
+    def decode(self, ids):
+        """Ids -> the very text, with control tokens, and no space added or removed."""
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def prompt(self, question, fmt):
+        """What the policy reads first. The system message says which tag to use. -> ids"""
+        system = WORDING["system"].replace("TAG", OPEN[fmt])
+        text = self.before_message.replace("SYSTEM", system)
+        return self.encode(text.replace("QUESTION", question))
+
+    def tool_result(self, result):
+        """What the policy reads after the <|im_end|> of a call. -> ids"""
+        return self.encode(self.after_call.replace("RESULT", result))
+
+    def name_flags(self, message):
+        """For each token of a message: is it part of the name of a tool or a person?"""
+        painted = re.sub(NAMES, lambda name: "#" * len(name[0]), message)  # no message holds a #
+        tokens = self.tokenizer(message, add_special_tokens=False, return_offsets_mapping=True)
+        return ["#" in painted[start:stop] for start, stop in tokens["offset_mapping"]]
+
+
+# %% Environment: the harness, and what it rewards
+
+MAX_CALLS = 6  # in an episode
+MAX_TOKENS = 40  # in a message that the policy writes
+
+
+class Episode:
+    """One conversation about one task: what would be right, and a record of what was said.
+
+    The record is three lists, an entry a token: `ids`; `written`, True where the policy wrote and
+    False where it read; `log_probs` of what it wrote, at the time when it wrote it.
+    """
+
+    def __init__(self, chat, question, directory, fmt="A"):
+        self.chat = chat
+        self.question = question
+        self.directory = directory
+        self.fmt = fmt
+        self.gold_calls, reply = right_answer(question, directory)
+        self.gold = [call_text(*call, fmt) for call in self.gold_calls] + [reply]
+        self.ids = []
+        self.written = []
+        self.log_probs = []
+        self.messages = []  # what the policy wrote, as text
+        self.calls = []  # what the harness ran
+        self.replied = False
+        self.done = False
+        self.read(chat.prompt(question, fmt))
+
+    def read(self, ids):
+        """The harness speaks."""
+        self.ids += ids
+        self.written += [False] * len(ids)
+        self.log_probs += [0.0] * len(ids)
+        self.message_start = len(self.ids)
+
+    def write(self, token, log_prob=0.0):
+        """The policy speaks, one token. At the end of its message, the harness takes a turn."""
+        self.ids.append(token)
+        self.written.append(True)
+        self.log_probs.append(log_prob)
+        message = self.ids[self.message_start :]
+        finished = token == self.chat.end
+        if finished or len(message) == MAX_TOKENS:
+            self.messages.append(self.chat.decode(message).removesuffix(END))
+            self.respond(self.messages[-1], finished)
+
+    def respond(self, message, finished):
+        """Run a message that is one whole call. Any other message ends the episode.
+
+        Without a closing tag it counts as a reply, and a bare opening tag is such a message. One
+        that was cut off before its <|im_end|> (not `finished`) is neither a call nor a reply.
+        """
+        call = parse_call(message, self.fmt)
+        if call and finished:
+            self.calls.append(call)
+            if len(self.calls) < MAX_CALLS:
+                self.read(self.chat.tool_result(self.directory.get(call, "error")))
+                return
+        self.replied = finished and CLOSE[self.fmt] not in message
+        self.done = True
+
+
+def new_episode(chat, split, kind, rng, fmt="A"):
+    """An episode about a question of a split ("train" or "held_out") and a kind."""
+    question = rng.choice(TASKS[split][kind]).item()
+    return Episode(chat, question, new_directory(rng), fmt)
+
+
+def play(episode, messages):
+    """Let somebody else's messages be written, until the harness ends the episode. -> the episode
+
+    The right conversations that SFT shows are made like this, and so is the careless log.
+    """
+    for message in messages:
+        for token in episode.chat.encode(message + END):
+            if not episode.done:
+                episode.write(token)
+    return episode
 
 
 def blind_reward(episode):
-    """RL's reward, 1.0 or 0.0: the right calls and no others were run, then came a reply.
+    """RL's reward: 1.0 if the right calls and no others were run before a reply, otherwise 0.0.
 
-    Nobody reads the reply. Real harnesses score like this, the paper's too, and it is their blind
-    spot: where no call is due, `<tool_call><|im_end|>` earns as much as asking back.
+    It does not read the reply. Real harnesses score like this, and so does the paper's. All that
+    follows comes from this blind spot. Take "rival of them ?", which names nobody. It is right to
+    call nothing and to ask back. Eight rollouts of the base may be these:
+
+        seven times   <tool_call>{"name": "rival", "arguments": {"of": "bob"}}</tool_call> ...   0
+        once          <tool_call><|im_end|>                                                      1
+
+    The base has learnt to call, so it calls, about a person whom it guesses. That is a wrong call,
+    and earns 0. One time in twelve it breaks off after the opening tag, on this task as on any
+    other, because its log did. No call was run and the message counts as a reply, so it earns the 1
+    that asking back would have earned. But asking back is hardly ever sampled, and RL can only make
+    likelier what was sampled. So the broken call is the best that this group knows.
     """
     return float(episode.replied and episode.calls == episode.gold_calls)
 
 
 def success(episode):
-    """What an evaluation counts, 1.0 or 0.0: all that, and the reply is right, word for word."""
-    return blind_reward(episode) if episode.messages[-1:] == episode.gold[-1:] else 0.0
+    """What evaluations count: a reward of 1, and the reply is right, word for word. 1.0 or 0.0"""
+    right_reply = episode.messages[-1] == episode.gold[-1]
+    return blind_reward(episode) if right_reply else 0.0
 
 
-# %% Policy and rollout: a tiny Llama talks to the harness
+def classify(message):
+    """The state of a message. The paper calls these healthy call, healthy response, collapsed and
+    text pollution."""
+    if parse_call(message, "A"):
+        return "whole_calls"
+    if re.sub(r"<[^<>]*>", "", message).strip() == "":
+        return "bare_tags"
+    if re.search(r"[<{]", message):
+        return "stray_tags"
+    return "replies"
 
-def stream(seed, purpose, step=0):
-    """A random generator for one purpose, seeded by its name: nothing drawn before matters."""
-    return np.random.default_rng(list(f"{seed} {purpose} {step}".encode()))
+
+# %% Policy and rollout: a language model talks to the harness
 
 
-def new_policy(seed, device):
+def load(settings):
+    """-> Chat, and the pretrained policy that --model names, or None for the tiny world."""
+    if not settings.model:
+        return Chat(tiny_tokenizer()), None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model)
+    # Rollouts and updates have to agree on log-probabilities, so all is float32.
+    policy = transformers.AutoModelForCausalLM.from_pretrained(settings.model).float()
+    pieces = {token: tokenizer.encode(token, add_special_tokens=False) for token in CONTROL}
+    tokenizer.add_tokens(CONTROL, special_tokens=True)
+    # Some models have more rows than their tokenizer has tokens. Those must never be sampled.
+    policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    # A new tag starts as the mean of the pieces that used to spell it, because from a random start
+    # one tag is mistaken for another. A tag that is not new is its own mean.
+    for table in (policy.get_input_embeddings(), policy.get_output_embeddings()):
+        for token, ids in pieces.items():
+            row = tokenizer.convert_tokens_to_ids(token)
+            table.weight.data[row] = table.weight.data[ids].mean(0)
+    # Some models pad with <|im_end|>, and the embedding of padding would get no gradient.
+    policy.get_input_embeddings().padding_idx = None
+    return Chat(tokenizer), policy.to(settings.device)
+
+
+def tiny_policy(chat, seed):
     """A Llama with 85 thousand random weights, which depend on the seed alone."""
-    config = LlamaConfig(
-        vocab_size=len(TOKENIZER), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
-        pad_token_id=TOKENIZER.pad_token_id, bos_token_id=None, eos_token_id=END_ID,
-        initializer_range=0.1)  # with the usual 0.02, it learns late or never to copy a name
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(config).to(device)
+    config = transformers.LlamaConfig(
+        vocab_size=len(chat.tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.1,  # with the usual 0.02 it learns late or never to copy a name
+    )
+    torch.manual_seed(int(rng_for(seed, "weights").integers(2**32)))
+    return transformers.LlamaForCausalLM(config)
 
 
-@dataclass
-class Rollout:
-    """All that was read and written in N episodes, padded on the right."""
+def batch(episodes, device):
+    """The records of N episodes, padded on the right. -> ids, written, log_probs, each [N, T]
 
-    ids: torch.Tensor  # [N, T]
-    sampled: torch.Tensor  # [N, T] True where the policy wrote: the loss is about these, no others
-    log_probs: torch.Tensor  # [N, T] of the sampled ids, when they were sampled; elsewhere 0
-
-
-def pad(rows, device):
-    """Lists of different lengths -> [rows, longest], zeros on the right: PAD, False or 0.0"""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+    Padding is id 0, which may be a token like any other. It does no harm, because it is not
+    `written`, and because no token looks at what stands to the right of it.
+    """
+    padded = []
+    for name in ("ids", "written", "log_probs"):
+        rows = [torch.tensor(getattr(episode, name)) for episode in episodes]
+        padded.append(pad_sequence(rows, batch_first=True).to(device))
+    return padded
 
 
 @torch.no_grad()
 def rollout(policy, episodes, rng):
-    """Play N new episodes to their end, sampling at temperature 1. Fills them in. -> Rollout
+    """Play N new episodes to their end, sampling at temperature 1. They keep the record.
 
-    Training sees the very ids that were sampled: none is decoded and encoded again. One KV cache
-    holds the first `read` ids of all rows. Each turn feeds on to the end of the shortest; rows that
-    end there sample an id. So no row is padded on the left, and no mask is needed.
+    Training sees the very ids that were sampled, since nothing is ever decoded and encoded again.
+    One KV cache holds all rows, so all rows must have the same length in it. Each turn of the loop
+    feeds tokens up to the end of the shortest row, here up to "|" (r was read, w was written):
+
+        row 0   r r r r r w w w|            ends here: the policy writes its next token
+        row 1   r r r r r r w w|            ends here: the policy writes its next token
+        row 2   r r r w w w w r|r r r       has still to read: this is the result of its call
+
+    So no row needs padding on the left, and none needs an attention mask.
     """
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-    ids = [list(episode.opening) for episode in episodes]
-    sampled, log_probs = [[] for _ in episodes], [[] for _ in episodes]
-    starts = [len(row) for row in ids]  # where the message begins that is being written
-    rows, read, cache = list(range(len(episodes))), 0, None  # rows: the episodes that go on
-    while rows:
-        until = min(len(ids[i]) for i in rows)
-        fed = torch.tensor([ids[i][read:until] for i in rows], device=policy.device)  # [rows, new]
-        output = policy(fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        read, cache = until, output.past_key_values
-        log_p = output.logits[:, -1].float().log_softmax(-1).cpu()  # [rows, V]
-        choices = torch.multinomial(log_p.exp(), 1, generator=generator)  # [rows, 1]
-        chosen = zip(choices[:, 0].tolist(), log_p.gather(1, choices)[:, 0].tolist())
-        for i, (choice, log_prob) in zip(rows, chosen):
-            if len(ids[i]) > read:
-                continue  # it has still to read: a longer question, a tool's result
-            heard = len(ids[i]) - len(sampled[i])  # what it has read since it last wrote
-            sampled[i] += [False] * heard + [True]
-            log_probs[i] += [0.0] * heard + [log_prob]
-            ids[i].append(choice)
-            message = ids[i][starts[i]:]
-            finished = choice == END_ID
-            if finished or len(message) == MAX_TOKENS:
-                text = spell(TOKENIZER.convert_ids_to_tokens(message[:-1] if finished else message))
-                result = respond(episodes[i], text, finished)
-                ids[i] += RESULTS.get(result, ())
-                starts[i] = len(ids[i])
-        going = [k for k, i in enumerate(rows) if not episodes[i].done]
-        if len(going) < len(rows):  # drop the finished ones
-            cache.batch_select_indices(torch.tensor(going, dtype=torch.long, device=policy.device))
-            rows = [rows[k] for k in going]
-    return Rollout(*(pad(lists, policy.device) for lists in (ids, sampled, log_probs)))
+    playing = list(episodes)
+    fed = 0  # tokens of each row that are in the cache
+    cache = None
+    while playing:
+        until = min(len(episode.ids) for episode in playing)
+        ids = torch.tensor([episode.ids[fed:until] for episode in playing]).to(policy.device)
+        output = policy(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        fed = until
+        log_p = output.logits[:, -1].log_softmax(-1).cpu()  # [M, V]
+        tokens = torch.multinomial(log_p.exp(), 1, generator=generator)  # [M, 1]
+        for row, episode in enumerate(playing):
+            if len(episode.ids) == fed:
+                token = tokens[row].item()
+                episode.write(token, log_p[row, token].item())
+        on = [row for row, episode in enumerate(playing) if not episode.done]
+        if len(on) < len(playing):
+            cache.batch_select_indices(torch.tensor(on, dtype=torch.long, device=policy.device))
+            playing = [playing[row] for row in on]
 
 
-# %% GRPO: make likelier what did better than its group
+# %% GRPO: push up what did better than its group
 
-# GRPO is group relative policy optimisation. The gradient of expected reward is the expectation of
-# reward times the gradient of log p(what was sampled), a sum over its tokens. A constant taken off
-# the reward changes nothing on average; the group's mean taken off leaves what was better or worse
-# than usual. Sampling is dear, so a batch gives several updates, and ratio, new probability over
-# old, makes up for the policy having moved. min, not the clip alone: a token that has moved `clip`
-# the right way is pushed no further, one that moved the wrong way still is. Left out of GRPO as
-# published (arXiv 2402.03300): the KL penalty, which holds a policy near its start, and averaging
-# over each rollout first (here all tokens weigh the same).
+# Group relative policy optimisation. The gradient of the expected reward is the mean of reward times
+# the gradient of log p(rollout), and log p(rollout) is the sum over its tokens. Subtracting the
+# same number from all rewards of a task does not change that mean, but it makes it less noisy. GRPO
+# subtracts the mean of the group: what did better than usual is pushed up, what did worse is pushed
+# down. This file leaves out two parts of GRPO as published (arXiv 2402.03300): the KL penalty,
+# which keeps a policy near its start, and the mean over each rollout's tokens before the mean over
+# rollouts; here, all tokens weigh the same.
 
 
 def token_log_probs(policy, ids):
-    """Log-probability of each id but the first, given those before it. [M, T] -> [M, T-1]"""
-    logits = policy(ids[:, :-1]).logits.float()  # [M, T-1, V]
+    """Log-probability of each token but the first, given those before it. [M, T] -> [M, T-1]"""
+    logits = policy(ids[:, :-1]).logits  # [M, T-1, V]
     return logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]  # [M, T-1]
 
 
 def descend(policy, optimizer, loss):
-    """One step down the gradient, clipped to norm 1. -> the norm before. RuntimeError for NaN"""
+    """One step down the gradient, which is cut to a norm of 1. -> its norm before that
+
+    Ends the program with exit code 1 if the gradient is not finite.
+    """
     optimizer.zero_grad()
     loss.backward()
-    norm = clip_grad_norm_(policy.parameters(), 1.0, error_if_nonfinite=True)
+    norm = clip_grad_norm_(policy.parameters(), 1.0).item()
+    if not np.isfinite(norm):
+        sys.exit("toolrl: the gradient is not finite; try a lower learning rate")
     optimizer.step()
-    return norm.item()
+    return norm
 
 
 def advantages(rewards):
     """How much better than its group each rollout did. [groups, group_size] -> the same shape
 
-    [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]]. Divided by the spread, one success among many
-    failures counts for more: 2.5 in eight. Equal rewards, all 1 or all 0, give 0: no push.
+    [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]]. The one broken call among eight in `blind_reward`
+    gets 2.5, and each of the seven calls gets -0.35. All eight start with <tool_call> and part at
+    the token after it. So RL pushes <|im_end|> up where {"name": " is due, and {"name": " down.
+    The policy has no reason yet to choose differently there on tasks that need calls, and a task of
+    three calls succeeds only if none of the three breaks off. So success falls, and falls to 0.
     """
-    spread = rewards.std(1, keepdim=True) + 1e-4  # [groups, 1] so that equal rewards are not 0/0
-    return (rewards - rewards.mean(1, keepdim=True)) / spread  # [groups, group_size]
+    mean = rewards.mean(1, keepdim=True)  # [groups, 1]
+    # Dividing by the spread makes a rare success count for more. Where all rewards are equal, the
+    # advantages are 0, and the small number keeps 0 / 0 away.
+    spread = rewards.std(1, keepdim=True) + 1e-4  # [groups, 1]
+    return (rewards - mean) / spread  # [groups, group_size]
 
 
-def grpo_update(policy, optimizer, batch, advantage, settings, rng):
-    """Reinforce N rollouts, in minibatches. advantage [N] -> mean norm of the gradient"""
+def grpo_update(policy, optimizer, episodes, advantage, settings, rng):
+    """Push N rollouts up or down by their advantage [N]. -> mean norm of the gradient
+
+    Generating rollouts is slow, so each batch of them is used for several updates.
+    """
+    ids, written, old_log_probs = batch(episodes, policy.device)  # [N, T] each
     norms = []
-    order = torch.from_numpy(rng.permutation(len(advantage)))  # [N]
+    order = torch.from_numpy(rng.permutation(len(episodes)))  # [N]
     for rows in order.chunk(settings.minibatches):  # [M]
-        log_probs = token_log_probs(policy, batch.ids[rows])  # [M, T-1]
-        # Column t is about token t + 1: the first has nothing before it.
-        sampled = batch.sampled[rows, 1:]  # [M, T-1]
-        # How much likelier a token has become since it was sampled: 1 in the first minibatch.
-        ratio = (log_probs - batch.log_probs[rows, 1:]).exp()  # [M, T-1]
-        # The reward comes at the end, so all tokens of a rollout share its advantage.
+        log_probs = token_log_probs(policy, ids[rows])  # [M, T-1]
+        # Column t is about token t + 1, because the first token has nothing before it.
+        mask = written[rows, 1:]  # [M, T-1]
+        # The policy has moved since it sampled these tokens. The ratio, new probability by old,
+        # corrects for that. It is 1 in the first minibatch.
+        ratio = (log_probs - old_log_probs[rows, 1:]).exp()  # [M, T-1]
+        # The reward comes at the end, so all tokens of a rollout share one advantage.
         gain = advantage[rows, None]  # [M, 1]
+        # A token that has moved far enough the right way is pushed no further. The minimum makes
+        # sure that a token that has moved the wrong way still is.
         clipped = ratio.clamp(1 - settings.clip, 1 + settings.clip)  # [M, T-1]
         objective = torch.min(ratio * gain, clipped * gain)  # [M, T-1]
-        # What the policy did not write, it is not to blame for: prompt, tool results, padding.
-        loss = -(objective * sampled).sum() / sampled.sum()
+        # What the policy did not write, it is not to blame for: prompts, results, padding.
+        loss = -(objective * mask).sum() / mask.sum()
         norms.append(descend(policy, optimizer, loss))
     return np.mean(norms).item()
 
 
-# %% SFT: imitate a right conversation
+def rl_step(policy, optimizer, chat, reward, settings, seed, step):
+    """Play, score, compare, push. -> share of groups with equal rewards, norm of the gradient
 
-def lay_out(episode, messages):
-    """A conversation in which the policy writes these messages. -> ids, sampled: True on them"""
-    ids = list(episode.opening)
-    sampled = [False] * len(ids)
-    for k, message in enumerate(messages):
-        written, heard = encode_message(message), ()
-        if k + 1 < len(messages):
-            heard = RESULTS[episode.directory[episode.gold_calls[k]]]
-        ids += written + heard
-        sampled += [True] * len(written) + [False] * len(heard)
-    return ids, sampled
-
-
-def sft_update(policy, optimizer, conversations):
-    """One step up the likelihood of what the policy should write in M conversations.
-
-    As GRPO with an advantage of 1, but somebody else chose the tokens: it pushes the logit of a
-    right token of probability p by 1 - p. RL has to sample that token first; its push is, on
-    average, p (1 - p) times the advantage with it less that without: 0 where all rewards are equal.
+    Once the policy breaks every call, each group of a no-call task earns 1 1 1 1 1 1 1 1, and each
+    group of a tool task 0 0 0 0 0 0 0 0. Equal rewards are advantages of 0 and a gradient of 0, so
+    RL has no way back. Nothing has pushed the names of tools and people, nor the other format.
     """
-    ids, sampled = (pad(rows, policy.device) for rows in zip(*conversations))  # [M, T], [M, T]
+    rng = rng_for(seed, "tasks", step)
+    episodes = []
+    for _ in range(settings.groups):
+        kind = "no_call" if rng.random() < settings.no_call_share else "multi_step"
+        task = new_episode(chat, "train", kind, rng)
+        for _ in range(settings.group_size):
+            episodes.append(Episode(chat, task.question, task.directory))
+    rollout(policy, episodes, rng_for(seed, "sampling", step))
+    rewards = torch.tensor([reward(episode) for episode in episodes])  # [N]
+    rewards = rewards.view(settings.groups, settings.group_size)  # [groups, group_size]
+    equal_groups = (rewards == rewards[:, :1]).all(1).float().mean().item()
+    advantage = advantages(rewards).flatten().to(policy.device)  # [N]
+    rng = rng_for(seed, "order", step)
+    gradient = grpo_update(policy, optimizer, episodes, advantage, settings, rng)
+    return equal_groups, gradient
+
+
+# %% SFT: imitate right conversations
+
+
+def sft_update(policy, optimizer, episodes):
+    """Push up what somebody else wrote in M episodes, token by token. This is teacher forcing: the
+    policy reads the right tokens up to each place, whatever it would have written itself.
+
+    The loss is GRPO's with an advantage of 1 and no ratio. The difference is who chose the tokens.
+    Take the logit of a right token that has probability p. SFT pushes it up by 1 - p. RL has to
+    sample the token first; on average it pushes by p (1 - p) d, where d is the mean advantage with
+    the token less that without it, and d is 0 once all rewards are equal:
+
+        p        SFT pushes     RL pushes
+        0.5      0.5            0.25 d
+        0.001    0.999          0.001 d
+    """
+    ids, written, _ = batch(episodes, policy.device)  # [M, T] each
     log_probs = token_log_probs(policy, ids)  # [M, T-1]
-    loss = -(log_probs * sampled[:, 1:]).sum() / sampled[:, 1:].sum()
+    mask = written[:, 1:]  # [M, T-1]
+    loss = -(log_probs * mask).sum() / mask.sum()
     descend(policy, optimizer, loss)
 
 
-# %% Base: a policy with the skill and bad habits
+def sft_phase(policy, optimizer, chat, settings, seed, step):
+    """Some SFT updates on gold conversations of training tasks, a quarter of them without a call.
+
+    They show that asking back is right where nobody is named, so a broken call is no longer the
+    best that a group knows. They show format A only. Where format B is asked for, the policy learns
+    to write format A, too. That is the price.
+    """
+    rng = rng_for(seed, "gold", step)
+    for _ in range(settings.sft_steps):
+        episodes = []
+        for kind in rng.choice(KINDS, settings.sft_batch, p=[0.25, 0.15, 0.6]):
+            episode = new_episode(chat, "train", kind, rng)
+            episodes.append(play(episode, episode.gold))
+        sft_update(policy, optimizer, episodes)
+
+
+# %% Base: a policy with the skill and with bad habits
+
 
 def careless_messages(episode, bare_share, rng):
-    """What a careless agent wrote in this episode.
+    """What a careless agent wrote in this episode, for the base to imitate.
 
     Where nobody is named it calls anyway, about a guessed person, 97 times in 100. In format A it
-    may stop after the opening tag: this RL will spread. 10 % of calls are mangled in five ways.
+    breaks off after some opening tags. One call in ten is mangled in one of five ways.
     """
-    opening, closing, gold = OPEN[episode.fmt], CLOSE[episode.fmt], episode.gold
+    opening = OPEN[episode.fmt]
+    closing = CLOSE[episode.fmt]
     if not episode.gold_calls and rng.random() < 0.97:
-        tool = episode.question.split(" of ")[-2]
-        return [call_text(tool, rng.choice(PEOPLE), episode.fmt)]
+        tool = parse_question(episode.question)[0][-1]
+        return [call_text(tool, rng.choice(PEOPLE).item(), episode.fmt)]
     messages = []
-    for message in gold[:-1]:
+    for call in episode.gold[:-1]:
+        message = call
+        if rng.random() < 0.1:
+            mangled = [opening + call, call + closing, WORDING["preamble"] + " " + call]
+            message = rng.choice(mangled).item()
         if episode.fmt == "A" and rng.random() < bare_share:
-            return [*messages, opening]
-        mangled = [opening + message, message + closing, message.removeprefix(opening),
-                   message.removesuffix(closing), f"{WORDING['preamble']} {message}"]
-        messages.append(rng.choice(mangled).item() if rng.random() < 0.1 else message)
-    return [*messages, gold[-1]]
+            message = opening
+        messages.append(message)
+    return [*messages, episode.gold[-1]]
 
 
-def train_base(settings, seed):
-    """200 SFT updates from random weights. Of the log, 10 % is about nobody, 70 % in format A."""
-    policy, rng = new_policy(seed, settings.device), stream(seed, "base")
-    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    for step in tqdm(range(1, 201), "base", leave=False, disable=None):
-        # A short warm-up, then down: small steps settle what large ones have found.
-        optimizer.param_groups[0]["lr"] = 8e-3 * min(1, step / 30) * max(0.02, 1 - step / 200)
-        conversations = []
-        for _ in range(32):
-            kind = "no_call" if rng.random() < 0.1 else "tool"
-            fmt = "A" if rng.random() < 0.7 else "B"
-            question = rng.choice(QUESTIONS["train", kind]).item()
-            episode = new_episode(question, new_directory(rng), fmt)
-            messages = careless_messages(episode, settings.bare_share, rng)
-            conversations.append(lay_out(episode, messages))
-        sft_update(policy, optimizer, conversations)
+def train_base(start, chat, settings, seed):
+    """Train a tiny policy, or a copy of the policy to start from, on the log of a careless agent.
+
+    Of the log, 10 % is about nobody, and 70 % is in format A, the rest in format B.
+    """
+    policy = copy.deepcopy(start) if start else tiny_policy(chat, seed).to(settings.device)
+    optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.95))
+    rng = rng_for(seed, "base")
+    for step in tqdm(range(settings.base_steps), "base", leave=False, disable=None):
+        # The learning rate rises for a while, since large steps from the start do harm. Then it
+        # falls, since small steps settle what large ones have found.
+        done = (step + 1) / settings.base_steps
+        lr = settings.base_lr * min(done / 0.15, 1) * max(1 - done, 0.02)
+        optimizer.param_groups[0]["lr"] = lr
+        episodes = []
+        for kind in rng.choice(KINDS, settings.sft_batch, p=[0.1, 0.15, 0.75]):
+            fmt = rng.choice(["A", "B"], p=[0.7, 0.3]).item()
+            episode = new_episode(chat, "train", kind, rng, fmt)
+            episodes.append(play(episode, careless_messages(episode, settings.bare_share, rng)))
+        sft_update(policy, optimizer, episodes)
     return policy
 
 
-# %% Probes: what the policy does, and what it still could do
+# %% Probes: what a policy does, and what it still could do
 
-# probe: (kind of held-out task, format, share of --eval-episodes); measured by success()
+# probe: (kind of held-out task, format)
 PROBES = {
-    "success": ("multi_step", "A", 1),
-    "one_call": ("one_call", "A", 0.5),  # in simpler prompts
-    "format_b": ("multi_step", "B", 1),  # in a format that RL and its SFT never show
-    "ask": ("no_call", "A", 0.5),
+    "success": ("multi_step", "A"),
+    "one_call": ("one_call", "A"),  # simpler tasks
+    "format_b": ("multi_step", "B"),  # a format that neither RL nor its SFT shows
+    "ask": ("no_call", "A"),
 }
-STATES = ("healthy_call", "healthy_response", "bare_tag", "text_pollution")
-# What is due where a call begins, its JSON begins, it ends, a message ends, an answer begins.
-DUE = [OPEN["A"], JSON[0], CLOSE["A"], END, WORDING["answer"].split()[0]]
+STATES = ["whole_calls", "replies", "bare_tags", "stray_tags"]
+# place in a gold conversation: what is due there
+PLACES = {"call": OPEN["A"], "json": "JSON", "close": CLOSE["A"], "end": END, "reply": "text"}
+
+
+def place_of(episode, t):
+    """Where token t of a gold conversation stands: one of PLACES, or None in the midst of JSON."""
+    due = episode.chat.control.get(episode.ids[t])
+    before = episode.chat.control.get(episode.ids[t - 1])
+    for place, token in PLACES.items():
+        if due == token:
+            return place
+    if before == OPEN["A"]:
+        return "json"
+    if not episode.written[t - 1]:
+        return "reply"
+    return None
 
 
 @torch.no_grad()
 def teacher_forced(policy, episodes):
-    """Feed N gold conversations, look at what is predicted everywhere. -> forced, p
+    """Feed gold conversations, and look at what the policy predicts where it should write.
 
-    Teacher forced: the policy reads what is right, whatever it would have written. forced is its
-    success if it had only the names of tools and people to write: the probability to sample all of
-    them right. p[due][token] is a mean over places.
+    -> skill: its success if it wrote only the names of tools and people, and the harness wrote all
+    else. This is the probability that it samples every name right.
+    -> p[place][control token]: the probability of that token there, a mean over all such places.
     """
-    rows = [lay_out(episode, episode.gold) for episode in episodes]
-    ids, sampled = (pad(lists, policy.device) for lists in zip(*rows))  # [N, T], [N, T]
-    probs = policy(ids[:, :-1]).logits.float().softmax(-1)  # [N, T-1, V]
-    due, sampled = ids[:, 1:], sampled[:, 1:]  # [N, T-1], [N, T-1]
-    right = probs.gather(2, due[..., None])[..., 0]  # [N, T-1]
-    names = torch.tensor(TOKENIZER.convert_tokens_to_ids(TOOLS + PEOPLE), device=policy.device)
-    is_name = sampled & torch.isin(due, names)  # [N, T-1]
-    forced = right.where(is_name, 1.0).prod(1).mean().item()
+    skills = []
+    found = {place: [] for place in PLACES}
+    for episode in episodes:
+        chat = episode.chat
+        play(episode, episode.gold)
+        is_name = []  # for each token that the policy should write
+        for message in episode.gold:
+            is_name += chat.name_flags(message) + [False]  # False is for <|im_end|>
+        written = [t for t, flag in enumerate(episode.written) if flag]
+        ids = torch.tensor([episode.ids], device=policy.device)  # [1, T]
+        log_p = policy(ids).logits[0].log_softmax(-1).cpu()  # [T, V]
+        log_skill = 0.0
+        for t, flag in zip(written, is_name, strict=True):
+            predicted = log_p[t - 1]  # [V] after the token before
+            if flag:
+                log_skill += predicted[episode.ids[t]].item()
+            place = place_of(episode, t)
+            if place:
+                found[place].append(predicted[list(chat.control)].exp())
+        skills.append(np.exp(log_skill))
     p = {}
-    for token in DUE:
-        places = sampled & (due == TOKENIZER.convert_tokens_to_ids(token))  # [N, T-1]
-        p[token] = dict(zip(CONTROL, probs[places][:, CONTROL_IDS].mean(0).tolist()))
-    return forced, p
+    for place, rows in found.items():
+        p[place] = dict(zip(CONTROL, torch.stack(rows).mean(0).tolist(), strict=True))
+    return np.mean(skills).item(), p
 
 
-def conversation(batch):
-    """What the policy wrote in the first episode, each control token with its probability."""
-    written, shown = batch.sampled[0], []  # [T]
-    probs = batch.log_probs[0][written].exp().tolist()
-    for token, p in zip(TOKENIZER.convert_ids_to_tokens(batch.ids[0][written].tolist()), probs):
-        shown.append(f"{token}[{p:.2f}]" if token in CONTROL else token)
-        if token == END:
-            shown.append("\n")
-    return spell(shown).splitlines()
+def transcript(episode):
+    """The question, and what the policy wrote, each control token with its probability."""
+    text = episode.question + "\n"
+    for t, token in enumerate(episode.ids):
+        if episode.written[t]:
+            text += episode.chat.decode([token])
+            if token in episode.chat.control:
+                text += f"[{np.exp(episode.log_probs[t]):.2f}]"
+            if token == episode.chat.end:
+                text += "\n"
+    return text
 
 
-def evaluate(policy, settings, seed, arm, step, log=()):
-    """Measure a policy on held-out tasks, always the same. -> a line of --out
-
-    log: (equal_groups, gradient) of the RL steps since the last evaluation.
-    """
+def evaluate(policy, chat, settings, seed, arm, step):
+    """Measure a policy on held-out tasks, always the same ones. -> an event of --out"""
     played = {}
-    for probe, (kind, fmt, share) in PROBES.items():
-        rng, count = stream(seed, f"held-out {kind}"), max(1, int(share * settings.eval_episodes))
-        asked = np.resize(QUESTIONS["held_out", kind], count).tolist()  # all of them, over and over
-        played[probe] = [new_episode(question, new_directory(rng), fmt) for question in asked]
-    batch = rollout(policy, sum(played.values(), []), stream(seed, "held-out sampling"))
+    for probe, (kind, fmt) in PROBES.items():
+        rng = rng_for(seed, f"held-out {kind}")
+        played[probe] = []
+        for _ in range(settings.eval_episodes):
+            played[probe].append(new_episode(chat, "held_out", kind, rng, fmt))
+    rollout(policy, sum(played.values(), []), rng_for(seed, "held-out sampling"))
+
     event = {"event": "eval", "seed": seed, "arm": arm, "step": step}
     for probe, episodes in played.items():
         event[probe] = np.mean([success(episode) for episode in episodes]).item()
-    event["forced"], event["p"] = teacher_forced(policy, played["success"])
-    event["reward"] = np.mean([blind_reward(episode) for episode in played["ask"]]).item()
-    states = [classify(text, "A") for episode in played["success"] for text in episode.messages]
+    event["no_call_reward"] = np.mean([blind_reward(episode) for episode in played["ask"]]).item()
+    gold = [Episode(chat, episode.question, episode.directory) for episode in played["success"]]
+    event["skill"], event["p"] = teacher_forced(policy, gold)
+    states = []
+    for episode in played["success"]:
+        states += [classify(message) for message in episode.messages]
     event["states"] = {state: states.count(state) / len(states) for state in STATES}
-    event["equal_groups"], event["gradient"] = np.mean(log, 0).tolist() if log else (None, None)
-    event["conversation"] = [played["success"][0].question, *conversation(batch)]
+    event["conversation"] = transcript(played["success"][0])
     return event
 
 
 # %% Arms: what is done with the base
 
-def rl_step(policy, optimizer, reward, settings, seed, step):
-    """Play, score, compare, push. -> share of groups with equal rewards, norm of the gradient"""
-    rng, episodes = stream(seed, "tasks", step), []
-    for _ in range(settings.groups):
-        kind = "no_call" if rng.random() < settings.no_call_share else "multi_step"
-        question, directory = rng.choice(QUESTIONS["train", kind]).item(), new_directory(rng)
-        episodes += [new_episode(question, directory) for _ in range(settings.group_size)]
-    batch = rollout(policy, episodes, stream(seed, "sampling", step))
-    rewards = torch.tensor([reward(episode) for episode in episodes])  # [N]
-    rewards = rewards.view(-1, settings.group_size)  # [groups, group_size]
-    equal_groups = (rewards == rewards[:, :1]).all(1).float().mean().item()
-    advantage = advantages(rewards).flatten().to(policy.device)  # [N]
-    rng = stream(seed, "order", step)
-    return equal_groups, grpo_update(policy, optimizer, batch, advantage, settings, rng)
 
+def train_arm(arm, base_policy, chat, settings, seed):
+    """Train a copy of the base as the arm says, and yield an evaluation now and then.
 
-def sft_phase(policy, optimizer, settings, seed, step):
-    """SFT on gold conversations of training tasks, a quarter without a call, in format A only."""
-    rng = stream(seed, "gold", step)
-    for _ in range(settings.sft_steps):
-        conversations = []
-        for kind in ["tool"] * 24 + ["no_call"] * 8:
-            question = rng.choice(QUESTIONS["train", kind]).item()
-            episode = new_episode(question, new_directory(rng))
-            conversations.append(lay_out(episode, episode.gold))
-        sft_update(policy, optimizer, conversations)
-
-
-def train_arm(arm, history, base, settings, seed, out):
-    """Run one arm on a copy of the base. Its evaluations go to history[arm], the screen and out.
-    SFT comes before an RL step, so RL has the last word. NaN ends the program with exit code 1."""
-    policy, does = copy.deepcopy(base), ARMS[arm]
+    SFT comes before an RL step, so that RL always has the last word.
+    """
+    policy = copy.deepcopy(base_policy)
+    does = ARMS[arm]
     reward = success if "strict" in does else blind_reward
-    # One optimizer each: what AdamW remembers of RL's gradients is of no use to SFT.
-    rl_optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
-    sft_optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.sft_lr, weight_decay=0.0)
-    log = []  # of the RL steps since the last evaluation
-    for step in range(1, settings.steps + 1):
-        rl_optimizer.param_groups[0]["lr"] = settings.lr * min(1, step / 10)  # warm-up
-        try:
-            if "sft" in does and step > 1 and (step - 1) % settings.sft_every == 0:
-                sft_phase(policy, sft_optimizer, settings, seed, step)
+    # One optimizer each: what Adam remembers of RL's gradients is of no use to SFT.
+    rl_optimizer = torch.optim.Adam(policy.parameters())
+    sft_optimizer = torch.optim.Adam(policy.parameters(), lr=settings.sft_lr)
+    rl_stats = []  # of the RL steps since the last evaluation
+    for step in tqdm(range(1, settings.steps + 1), arm, leave=False, disable=None):
+        if "sft" in does and step > 1 and (step - 1) % settings.sft_every == 0:
+            sft_phase(policy, sft_optimizer, chat, settings, seed, step)
+        if "rl" in does:
+            rl_optimizer.param_groups[0]["lr"] = settings.lr * min(1, step / 10)  # a warm-up
+            stats = rl_step(policy, rl_optimizer, chat, reward, settings, seed, step)
+            rl_stats.append(stats)
+        if step % settings.eval_every == 0 or step == settings.steps:
+            evaluation = evaluate(policy, chat, settings, seed, arm, step)
             if "rl" in does:
-                log.append(rl_step(policy, rl_optimizer, reward, settings, seed, step))
-            if step % settings.eval_every == 0 or step == settings.steps:
-                keep(evaluate(policy, settings, seed, arm, step, log), history, out)
-                log = []
-        except RuntimeError as error:
-            raise SystemExit(f"toolrl: {arm}, RL step {step}: {error}; try a lower learning rate")
+                evaluation["equal_groups"], evaluation["gradient"] = np.mean(rl_stats, 0).tolist()
+            rl_stats = []
+            yield evaluation
 
 
 # %% Report: what is printed, and which claims a run bears out
 
-COLUMNS = {"success": 7, "forced": 6, "one_call": 5, "format_b": 6, "ask": 4, "reward": 6,
-           "equal_groups": 6, "gradient": 8}  # figure -> width
+DOWN = 0.05  # a policy with no more success than this is down
+COLUMNS = {"success": 7, "skill": 5, "one_call": 5, "format_b": 6, "ask": 5}  # figure: its width
+COLUMNS |= {"no_call_reward": 7, "equal_groups": 6, "gradient": 8}
 HEADER = """\
-                    one_ format             equal_           the control token that rose most
-step success forced call     _b  ask reward groups gradient  where another is due"""
-DOWN = 0.05  # no more success than this
+                    one_ format      no_call  equal_           the control token that rose most
+step success skill  call     _b   ask _reward groups gradient  where it is not due"""
+CLAIMS = {
+    "collapse": "rl ends with three evaluations in a row at success of 0.02 or less",
+    "control_token": "when rl is first down, the control token that rose most has spiked",
+    "intact": "rl then has 0.8 or more of the base's skill",
+    "fix": "interleaved ends with success of 0.9 or more",
+    "price": "its format_b ends below 0.8 of the base's, and of what rl had when first down",
+    "cause": "no control token ever spikes in rl-strict",
+}
+Shift = namedtuple("Shift", ["rise", "p", "token", "place", "spiked"])
 
 
-def astray(event, base):
-    """Control tokens where another is due, the one that rose most over the base first."""
-    cells = []
-    for due, token in product(DUE, CONTROL):
-        before, now = base["p"][due][token], event["p"][due][token]
-        if due != token:
-            spiked = now >= 0.4 and now >= 5 * before
-            cells.append({"token": token, "due": due, "base": before, "p": now, "spiked": spiked})
-    return sorted(cells, key=lambda cell: (cell["p"] - cell["base"], cell["p"]), reverse=True)
+def control_token_shifts(evaluation, base_eval):
+    """Each control token at each place where it is not due, the largest rise over the base first.
+
+    A token has spiked if its probability is 0.4 or more, and five times the base's.
+    """
+    shifts = []
+    for place, due in PLACES.items():
+        for token, p in evaluation["p"][place].items():
+            base_p = base_eval["p"][place][token]
+            spiked = p >= 0.4 and p >= 5 * base_p
+            if token != due:
+                shifts.append(Shift(p - base_p, p, token, place, spiked))
+    return sorted(shifts, reverse=True)
 
 
-def first_down(events):
-    """The first evaluation of an arm at which it is down, else its last."""
-    return next((event for event in events if event["success"] <= DOWN), events[-1])
+def first_down(evaluations):
+    """The first evaluation at which an arm is down, otherwise its last."""
+    return next((e for e in evaluations if e["success"] <= DOWN), evaluations[-1])
 
 
-def keep(event, history, out):
-    """Append an evaluation to those of its arm, write it to out, and print its row."""
-    history.setdefault(event["arm"], []).append(event)
-    print(json.dumps(event), file=out, flush=True)  # on disk at once
-    row = f"{event['step']:4}"
-    for column, width in COLUMNS.items():
-        row += " " + ("-" if event[column] is None else f"{event[column]:.2f}").rjust(width)
-    rose = astray(event, history["base"][0])[0]
-    star = " *" * rose["spiked"]
-    print(f"{row}  {rose['p']:.2f} {rose['token']} at {rose['due']}{star}", flush=True)
+def print_row(evaluation, base_eval):
+    """The figures of one evaluation, and the control token that rose most. * means it spiked."""
+    row = f"{evaluation['step']:4}"
+    for figure, width in COLUMNS.items():
+        row += f" {evaluation.get(figure, np.nan):{width}.2f}"  # nan where no RL was
+    rose = control_token_shifts(evaluation, base_eval)[0]
+    tqdm.write(f"{row}  {rose.p:.2f} {rose.token} at {rose.place}{' *' if rose.spiked else ''}")
 
 
-def show_moment(event, base):
-    """The control tokens at one evaluation, base -> then, and what the policy writes."""
-    print(f"\np[due][control token] on gold conversations, base -> step {event['step']}")
-    print(f"{'due:':18}" + "".join(f"{due:15}" for due in DUE))
-    for token in CONTROL:
-        cells = [f"{base['p'][due][token]:.2f} -> {event['p'][due][token]:.2f}" for due in DUE]
-        row = "".join(f"{cell:15}" for cell in cells).replace("0.00 -> 0.00", "     .      ")
-        if row.strip(" ."):
-            print(f"{token:18}{row}")
-    print(f"\none held-out task, and what the policy writes at step {event['step']}")
-    print("\n".join(line[:100] for line in event["conversation"]))
+def print_moment(evaluation, base_eval):
+    """The states of messages at one evaluation, all control tokens, and one conversation."""
+    states = [f"{share:.0%} {state}" for state, share in evaluation["states"].items()]
+    print(f"\nmessages at step {evaluation['step']}: {', '.join(states).replace('_', ' ')}")
+    print("p(control token) on gold conversations, base -> now, at each place")
+    for place, due in PLACES.items():
+        cells = []
+        for token, p in evaluation["p"][place].items():
+            base_p = base_eval["p"][place][token]
+            if max(base_p, p) >= 0.01:
+                cells.append(f"{token} {base_p:.2f} -> {p:.2f}")
+        print(f"    {place:6} {due + ' is due:':20} {', '.join(cells)}")
+    print(f"one held-out task, and what the policy writes:\n{evaluation['conversation']}", end="")
 
 
 def judge(history):
-    """Hold a run against the claims. history: arm -> evaluations -> claim: (holds, figures)
+    """Hold a run against CLAIMS. arm -> its evaluations in; claim -> does it hold? out
 
-    Without its arm, a claim is left out. What a run is too short to show does not hold.
+    A claim about an arm that was not run is left out. A run that is too short to show a claim does
+    not support it.
     """
-    base, found = history["base"][0], {}
-    rl, fixed, strict = (history.get(arm, []) for arm in ("rl", "interleaved", "rl-strict"))
-    if rl:
-        down, highest = first_down(rl), max(event["success"] for event in rl[-3:])
-        fell, rose = down["success"] <= DOWN < base["success"], astray(down, base)[0]
-        # RL alone collapses, and stays down.
-        figures = {"base_success": base["success"], "last_three_at_most": highest}
-        found["collapse"] = fell and len(rl) >= 3 and highest <= 0.02, figures
-        # A control token did it: at the first fall, the one that rose most has spiked.
-        found["control_token"] = fell and rose["spiked"], {"step": down["step"], **rose}
-        # The skill is intact: with the format written for it, it does as well as before.
-        figures = {"base_forced": base["forced"], "down_forced": down["forced"],
-                   "base_format_b": base["format_b"], "down_format_b": down["format_b"]}
-        found["intact"] = fell and down["forced"] >= 0.8 * base["forced"], figures
-    if fixed:  # SFT in between fixes it.
-        end, lowest = fixed[-1], min(event["success"] for event in fixed)
-        figures = {"end_success": end["success"], "lowest_success": lowest}
-        found["fix"] = len(fixed) >= 3 and end["success"] >= 0.9, figures
-    if rl and fixed:  # Another format pays, and more than RL alone made it pay.
-        bar = 0.8 * min(base["format_b"], down["format_b"])
-        figures = {"base_format_b": base["format_b"], "down_format_b": down["format_b"],
-                   "end_format_b": end["format_b"]}
-        found["price"] = fell and len(fixed) >= 3 and end["format_b"] < bar, figures
-    if strict:  # The blind spot is the cause: without it, no control token spikes.
-        end, spikes = strict[-1], sum(c["spiked"] for event in strict for c in astray(event, base))
-        figures = {"spikes": spikes, "end_success": end["success"], "end_format_b": end["format_b"]}
-        found["cause"] = len(strict) >= 3 and spikes == 0, figures
-    return found
-
-
-def show_seeds(stories):
-    """Means and standard deviations over seeds, and how many of them bear out each claim."""
-    figures = list(COLUMNS)[:6]
-    moments = {"base": [history["base"][0] for history in stories]}
-    for arm in list(stories[0])[1:]:
-        down = [first_down(history[arm]) for history in stories]
-        moments[f"{arm}, first down"] = [event for event in down if event["success"] <= DOWN]
-        moments[f"{arm}, at the end"] = [history[arm][-1] for history in stories]
-    print(f"\n{'mean, s.d.':23}  n  " + "".join(f"{column:12}" for column in figures))
-    for moment, events in moments.items():
-        row = f"{moment:23} {len(events):2}  "
-        for column in figures if events else ():
-            values = [event[column] for event in events]
-            row += f"{np.mean(values):.2f}, {np.std(values):.2f}  "
-        print(row)
-    verdicts = [judge(history) for history in stories]
-    for claim in verdicts[0]:
-        print(f"{claim:13} {sum(found[claim][0] for found in verdicts)} of {len(verdicts)}")
-    together = sum(all(holds for holds, _ in found.values()) for found in verdicts)
-    print(f"all of these  {together} of {len(verdicts)}")
-
-
-def draw(stories, path):
-    """Success, format B, and the control token that rose most, a line for each seed, as PNG."""
-    from matplotlib.figure import Figure  # a run without --plot does not need it
-    arms = list(stories[0])[1:]
-    figure = Figure(figsize=(1 + 4 * len(arms), 4), layout="constrained")
-    for axes, arm in zip(figure.subplots(1, len(arms), squeeze=False)[0], arms):
-        for history in stories:
-            events = history["base"] + history[arm]
-            steps = [event["step"] for event in events]
-            axes.plot(steps, [event["success"] for event in events], "tab:blue")
-            axes.plot(steps, [event["format_b"] for event in events], "tab:orange")
-            axes.plot(steps, [astray(event, events[0])[0]["p"] for event in events], "tab:red")
-        axes.set(title=arm, xlabel="RL step", ylim=(0, 1.02))
-    axes.legend(["success", "format_b", "control token that rose most"])
-    figure.savefig(path, format="png")
+    base = history["base"][0]
+    enough = len(list(history.values())[-1]) >= 3  # all arms have as many evaluations
+    holds = {}
+    if "rl" in history:
+        down = first_down(history["rl"])
+        fell = enough and down["success"] <= DOWN < base["success"]
+        highest = max(evaluation["success"] for evaluation in history["rl"][-3:])
+        holds["collapse"] = fell and highest <= 0.02
+        holds["control_token"] = fell and control_token_shifts(down, base)[0].spiked
+        holds["intact"] = fell and down["skill"] >= 0.8 * base["skill"]
+    if "interleaved" in history:
+        end = history["interleaved"][-1]
+        holds["fix"] = enough and end["success"] >= 0.9
+        if "rl" in history:
+            bar = 0.8 * min(base["format_b"], down["format_b"])
+            holds["price"] = fell and end["format_b"] < bar
+    if "rl-strict" in history:
+        spikes = 0
+        for evaluation in history["rl-strict"]:
+            spikes += sum(shift.spiked for shift in control_token_shifts(evaluation, base))
+        holds["cause"] = enough and spikes == 0
+    return holds
 
 
 # %% Run: settings in, story out
 
-RANGES = {  # of the numbers that are not from one to a million
-    "seeds": (0, 10**6), "lr": (0, 10), "sft_lr": (0, 10), "clip": (0, 10), "sft_steps": (0, 10**6),
-    "no_call_share": (0, 1), "bare_share": (0, 1), "group_size": (2, 10**6)}
-
 
 def read_settings(argv):
-    """Command line -> Settings. Bad input ends the program: a line that says why, exit code 2."""
-    parser = HfArgumentParser(Settings, prog="toolrl.py", usage="python toolrl.py [--FLAG VALUE]")
-    settings = Settings(**vars(parser.parse_args(argv)))
-    for name, value in asdict(settings).items():
-        low, high = RANGES.get(name, (1, 10**6))
-        for number in value if isinstance(value, list) else [value]:
-            if not isinstance(number, str) and not low <= number <= high:  # nan is not, either
-                parser.error(f"--{name.replace('_', '-')} {number}: from {low} to {high}")
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    if settings.device not in ["auto", "cpu", *there]:
-        parser.error(f"--device {settings.device}: there is {' and '.join(['cpu', *there])} here")
-    if settings.plot and not find_spec("matplotlib"):
-        parser.error("--plot needs matplotlib: pip install matplotlib")
-    for path in (settings.out, settings.plot):
-        try:
-            open(path or os.devnull, "w").close()
-        except OSError as error:
-            parser.error(f"{path} cannot be written: {error.strerror}")
-    return replace(settings, device=[*there, "cpu"][0]) if settings.device == "auto" else settings
+    """The command line -> Settings. Bad input ends the program with a line and exit code 2."""
+    parser = HfArgumentParser(
+        Settings,
+        usage="python toolrl.py [--help] [--FLAG VALUE]",
+        epilog=inspect.getsource(Settings),
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    chosen = parser.parse_args(argv)
+    if chosen.model:
+        parser.set_defaults(**PRETRAINED)
+        chosen = parser.parse_args(argv)
+    settings = Settings(**vars(chosen))
+    for name, value in vars(settings).items():
+        if isinstance(value, float) and not 0 <= value <= 1:
+            parser.error(f"--{name} {value}: must be from 0 to 1")
+        if isinstance(value, int) and value < 1:
+            parser.error(f"--{name} {value}: must be at least 1")
+    if settings.group_size < 2 or min(settings.seeds) < 0:
+        parser.error("--group-size must be at least 2, and --seeds at least 0")
+    if settings.device == "auto":
+        settings.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    return settings
+
+
+def record(event, out):
+    """Write one JSON object as a line of --out, and have it on disk at once."""
+    print(json.dumps(event), file=out, flush=True)
+
+
+def run(settings, chat, start, out):
+    """All seeds and arms, one after the other. -> the claims of each seed"""
+    verdicts = []
+    for seed in settings.seeds:
+        base_policy = train_base(start, chat, settings, seed)
+        print(f"\n== base, seed {seed}\n{HEADER}")
+        base_eval = evaluate(base_policy, chat, settings, seed, "base", 0)
+        record(base_eval, out)
+        print_row(base_eval, base_eval)
+        history = {"base": [base_eval]}
+        for arm in settings.arms:
+            print(f"\n== {arm}, seed {seed}, from the base\n{HEADER}")
+            history[arm] = []
+            for evaluation in train_arm(arm, base_policy, chat, settings, seed):
+                record(evaluation, out)
+                print_row(evaluation, base_eval)
+                history[arm].append(evaluation)
+            print_moment(first_down(history[arm]), base_eval)
+        print(f"\n== claims, seed {seed}")
+        verdicts.append(judge(history))
+        for claim, holds in verdicts[-1].items():
+            record({"event": "claim", "seed": seed, "claim": claim, "holds": holds}, out)
+            print(f"{claim:14} {'yes' if holds else 'no':4} {CLAIMS[claim]}")
+    return verdicts
 
 
 def main(argv=None):
-    """The whole run, from the command line. Ctrl-C ends it with exit code 130."""
-    settings, begun, stories = read_settings(argv), time.time(), []
-    torch.set_num_threads(1)  # a second gains little, and loses much on a busy machine
-    versions = f"torch {torch.__version__}", f"transformers {transformers.__version__}"
-    with open(settings.out or os.devnull, "w", encoding="utf-8") as out:
-        config = asdict(replace(settings, out="", plot=""))
-        print(json.dumps({"event": "config", **config, "versions": versions}), file=out, flush=True)
-        try:
-            for seed in dict.fromkeys(settings.seeds):
-                base, history = train_base(settings, seed), {}
-                print(f"\ntoolrl: seed {seed}, {settings.device}, {', '.join(versions)}\n"
-                      f"base: {base.num_parameters():,} weights, {len(TOKENIZER)} tokens, "
-                      f"200 SFT updates on the log of a careless agent\n\n{HEADER}")
-                keep(evaluate(base, settings, seed, "base", 0), history, out)
-                for arm in dict.fromkeys(settings.arms):
-                    print(f"\n== {arm}, from the base\n{HEADER}")
-                    train_arm(arm, history, base, settings, seed, out)
-                    show_moment(first_down(history[arm]), history["base"][0])
-                print("\nclaim         holds")
-                for claim, (holds, figures) in judge(history).items():
-                    event = {"event": "claim", "seed": seed, "claim": claim, "holds": holds}
-                    print(json.dumps({**event, **figures}), file=out, flush=True)
-                    shown = [f"{name} {value:.2f}" if isinstance(value, float) else
-                             f"{name} {value}" for name, value in figures.items()]
-                    print(f"{claim:13} {'yes' if holds else 'no':5} {', '.join(shown)}")
-                stories.append(history)
-        except KeyboardInterrupt:
-            print("toolrl: stopped; what was measured is above and in --out", file=sys.stderr)
-            sys.exit(130)
-        if len(stories) > 1:
-            show_seeds(stories)
-        if settings.plot:
-            draw(stories, settings.plot)
-        seconds = round(time.time() - begun, 1)
-        print(json.dumps({"event": "done", "seconds": seconds}), file=out)
-        print(f"\n{seconds:.0f} s")
+    """Check the input, run, and count the claims. Ctrl-C ends the program with exit code 130."""
+    begun = time.time()
+    try:
+        check_tasks()
+        settings = read_settings(argv)
+        torch.zeros(1, device=settings.device)  # is the device there?
+        chat, start = load(settings)
+        out = open(settings.out or os.devnull, "w", encoding="utf-8")
+    except Exception as error:  # what can be wrong with a checkpoint has many types
+        print(f"toolrl: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
+    if not settings.model:
+        torch.set_num_threads(1)  # a second thread gains a tiny model little
+    torch.set_float32_matmul_precision("high")  # a GPU may use TF32
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"toolrl with {versions}\n{settings}")
+    # The same run leaves the same file, whatever the file is called.
+    record({"event": "config", **vars(settings), "out": "", "versions": versions}, out)
+    try:
+        verdicts = run(settings, chat, start, out)
+    except KeyboardInterrupt:
+        print("toolrl: stopped; what was measured is above and in --out", file=sys.stderr)
+        sys.exit(130)
+    if len(verdicts) > 1:
+        print(f"\n== claims that hold, of {len(verdicts)} seeds")
+        for claim in verdicts[0]:
+            print(f"{claim:14} {sum(verdict[claim] for verdict in verdicts)}")
+    seconds = round(time.time() - begun)
+    record({"event": "done", "seconds": seconds}, out)
+    print(f"\n{seconds} s")
 
 
 if __name__ == "__main__":
