@@ -9,8 +9,7 @@ A run, with the functions that do it:
         base: a policy that has imitated the log of a careless agent      train_base
         for each arm, which is one way to go on from the base:            train_arm
             for each RL step:
-                before steps 6, 11 ... of arms with SFT: imitate          sft_phase
-                    conversations that are right
+                in arms with SFT, before steps 6, 11 ...: imitate         sft_phase
                 play some tasks, each of them several times               rollout
                 score each conversation with 1 or 0                       blind_reward
                 push up what scored better than its group                 grpo_update
@@ -22,20 +21,16 @@ A right conversation. The policy wrote the lines with ">", the harness wrote the
       <|im_start|>system
       use <tool_call><|im_end|>
       <|im_start|>user
-      rival of mentor of alice ?<|im_end|>
+      mentor of alice ?<|im_end|>
       <|im_start|>assistant
     > <tool_call>{"name": "mentor", "arguments": {"of": "alice"}}</tool_call><|im_end|>
       <|im_start|>tool
       <tool_response>bob</tool_response><|im_end|>
       <|im_start|>assistant
-    > <tool_call>{"name": "rival", "arguments": {"of": "bob"}}</tool_call><|im_end|>
-      <|im_start|>tool
-      <tool_response>leo</tool_response><|im_end|>
-      <|im_start|>assistant
-    > The answer is leo<|im_end|>
+    > The answer is bob<|im_end|>
 
-The same task after some steps of RL. The policy still knows what to call, but it opens a call and
-ends its message at once. The harness finds no call in this, and takes it for a reply:
+After some steps of RL, the policy opens a call and ends its message at once. The harness finds no
+call in this message, takes it for a reply, and the conversation is over:
 
     > <tool_call><|im_end|>
 
@@ -98,12 +93,10 @@ class Settings:
     model: str = ""  # start from this checkpoint, a folder or a hub name, not from a tiny Llama
     device: str = "auto"  # cpu, cuda or mps; auto takes a GPU if there is one
     out: str = ""  # write what is measured into this file, one JSON object a line
-
     # Base
     base_steps: int = 200  # SFT updates on the log of a careless agent
     base_lr: float = 8e-3  # highest learning rate of these updates
     bare_share: float = 0.08  # share of this log's format-A calls that end after the opening tag
-
     # RL
     steps: int = 30  # RL steps in an arm
     lr: float = 1.5e-4  # learning rate of RL
@@ -112,20 +105,17 @@ class Settings:
     group_size: int = 8  # rollouts of each of these tasks
     minibatches: int = 4  # updates from the rollouts of one RL step
     clip: float = 0.2  # a token is pushed no further once its probability has changed by this share
-
     # SFT
     sft_every: int = 5  # RL steps from one SFT phase to the next
     sft_steps: int = 20  # updates in an SFT phase
     sft_lr: float = 3e-3  # learning rate of these updates
     sft_batch: int = 32  # conversations in an SFT update, the base's updates too
-
     # Evaluation
     eval_every: int = 5  # RL steps from one evaluation to the next
     eval_episodes: int = 128  # held-out episodes of each probe
 
 
-# With --model, these take the place of the defaults above: a pretrained model needs smaller steps,
-# and each of them costs more.
+# With --model, these are the defaults: a pretrained model needs smaller steps, and fewer.
 PRETRAINED = {"base_steps": 80, "base_lr": 1e-3, "steps": 20, "lr": 2e-5}
 PRETRAINED |= {"sft_every": 4, "sft_steps": 10, "sft_lr": 2e-4, "sft_batch": 16}
 PRETRAINED |= {"eval_every": 4, "eval_episodes": 32}
@@ -133,7 +123,7 @@ PRETRAINED |= {"eval_every": 4, "eval_episodes": 32}
 # %% Tasks: questions about who is whose friend
 
 # "rival of mentor of alice ?" takes two calls: the mentor of alice, then the rival of that person.
-# "rival of them ?" names nobody. No call can be right, so the policy should ask back.
+# "rival of them ?" names nobody: no call can be right, and the policy should ask back.
 TASKS = json.loads((Path(__file__).parent / "tiny_tasks.json").read_text(encoding="utf-8"))
 TOOLS, PEOPLE, WORDING = TASKS["tools"], TASKS["people"], TASKS["wording"]
 NOBODY = "them"
@@ -170,17 +160,13 @@ def rng_for(seed, purpose, step=0):
 
 
 def new_directory(rng):
-    """What each call returns: (tool, person) -> person. Drawn anew for each task, so that only
-    calls can find an answer, never memory."""
+    """(tool, person) -> person: what calls return, in one task alone. So memory is of no use."""
     calls = [(tool, person) for tool in TOOLS for person in PEOPLE]
     return dict(zip(calls, rng.choice(PEOPLE, len(calls)).tolist(), strict=True))
 
 
 def right_answer(question, directory):
-    """The calls that a question takes, in order, and the reply that they lead to.
-
-    Calls go from the person outwards, so "rival of mentor of alice ?" starts with the mentor.
-    """
+    """The calls that a question takes, from the person outwards, and the reply they lead to."""
     tools, person = parse_question(question)
     if person == NOBODY:
         return [], WORDING["ask_back"]
@@ -218,12 +204,9 @@ def parse_call(message, fmt):
 
 
 def tiny_tokenizer():
-    """A tokenizer for the tiny world. Tags and names are tokens, and so is all that stands between.
-
-    "The answer is leo" is "The answer is " and "leo"; a call is 7 tokens.
-    """
+    """Tags and names are tokens, and so is all that stands between: "The answer is ", "leo"."""
     pad = "<pad>"  # It must not be <|im_end|>: code that masks padding would mask the end, too.
-    # All that is said in this world, but for names.
+    # All that is said in the tiny world, but for names.
     texts = ["system\n" + WORDING["system"].replace("TAG", OPEN["A"]), "user\n", " of ", " ?"]
     texts += ["assistant\n", call_text(TOOLS[0], PEOPLE[0], "A"), "tool\n", "error"]
     texts += [WORDING["answer"].replace("PERSON", PEOPLE[0]), WORDING["ask_back"]]
@@ -248,7 +231,7 @@ def tiny_tokenizer():
 
 
 class Chat:
-    """What the harness has to know of a tokenizer, the same for the tiny one and for any other.
+    """What the harness has to know of a tokenizer, the tiny one or any other.
 
     Raises ValueError for a chat template that does not end messages with <|im_end|>.
     """
@@ -257,9 +240,8 @@ class Chat:
         self.tokenizer = tokenizer
         self.end = tokenizer.convert_tokens_to_ids(END)
         self.control = dict(zip(tokenizer.convert_tokens_to_ids(CONTROL), CONTROL, strict=True))
-        # The template renders one conversation, whole, because many templates put a system message
-        # of their own before a message that is rendered alone. The words in capitals are then
-        # replaced by what a task says there.
+        # One conversation is rendered whole, because many templates put a system message of their
+        # own before a message that is rendered alone. Tasks then replace the words in capitals.
         words = {"system": "SYSTEM", "user": "QUESTION", "assistant": "CALL", "tool": "RESULT"}
         messages = [{"role": role, "content": word} for role, word in words.items()]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -346,8 +328,8 @@ class Episode:
     def respond(self, message, finished):
         """Run a message that is one whole call. Any other message ends the episode.
 
-        Without a closing tag it counts as a reply, and a bare opening tag is such a message. One
-        that was cut off before its <|im_end|> (not `finished`) is neither a call nor a reply.
+        It counts as a reply if it has no closing tag, whatever it says, and even if all that it
+        says is an opening tag. If it was cut off (not `finished`), it is neither call nor reply.
         """
         call = parse_call(message, self.fmt)
         if call and finished:
@@ -366,10 +348,7 @@ def new_episode(chat, split, kind, rng, fmt="A"):
 
 
 def play(episode, messages):
-    """Let somebody else's messages be written, until the harness ends the episode. -> the episode
-
-    The right conversations that SFT shows are made like this, and so is the careless log.
-    """
+    """Write somebody's messages, right or careless, until the harness ends it. -> the episode"""
     for message in messages:
         for token in episode.chat.encode(message + END):
             if not episode.done:
@@ -380,17 +359,17 @@ def play(episode, messages):
 def blind_reward(episode):
     """RL's reward: 1.0 if the right calls and no others were run before a reply, otherwise 0.0.
 
-    It does not read the reply. Real harnesses score like this, and so does the paper's. All that
+    Nobody reads the reply. Real harnesses score like this, and so does the paper's. All that
     follows comes from this blind spot. Take "rival of them ?", which names nobody. It is right to
     call nothing and to ask back. Eight rollouts of the base may be these:
 
         seven times   <tool_call>{"name": "rival", "arguments": {"of": "bob"}}</tool_call> ...   0
         once          <tool_call><|im_end|>                                                      1
 
-    The base has learnt to call, so it calls, about a person whom it guesses. That is a wrong call,
-    and earns 0. One time in twelve it breaks off after the opening tag, on this task as on any
+    The base has learnt to call, so it calls, about a person whom it guesses. This is a wrong call
+    and earns 0. About one time in twelve it stops after the opening tag, on this task as on any
     other, because its log did. No call was run and the message counts as a reply, so it earns the 1
-    that asking back would have earned. But asking back is hardly ever sampled, and RL can only make
+    that asking back would have earned. But the base hardly ever asks back, and RL can only make
     likelier what was sampled. So the broken call is the best that this group knows.
     """
     return float(episode.replied and episode.calls == episode.gold_calls)
@@ -403,8 +382,7 @@ def success(episode):
 
 
 def classify(message):
-    """The state of a message. The paper calls these healthy call, healthy response, collapsed and
-    text pollution."""
+    """One of STATES; in the paper: healthy call, healthy response, collapsed, text pollution."""
     if parse_call(message, "A"):
         return "whole_calls"
     if re.sub(r"<[^<>]*>", "", message).strip() == "":
@@ -456,10 +434,9 @@ def tiny_policy(chat, seed):
 
 
 def batch(episodes, device):
-    """The records of N episodes, padded on the right. -> ids, written, log_probs, each [N, T]
+    """The records of N episodes. -> ids, written, log_probs, each [N, T]
 
-    Padding is id 0, which may be a token like any other. It does no harm, because it is not
-    `written`, and because no token looks at what stands to the right of it.
+    They are padded with zeros on the right, where no token looks, and padding is not `written`.
     """
     padded = []
     for name in ("ids", "written", "log_probs"):
@@ -473,12 +450,11 @@ def rollout(policy, episodes, rng):
     """Play N new episodes to their end, sampling at temperature 1. They keep the record.
 
     Training sees the very ids that were sampled, since nothing is ever decoded and encoded again.
-    One KV cache holds all rows, so all rows must have the same length in it. Each turn of the loop
-    feeds tokens up to the end of the shortest row, here up to "|" (r was read, w was written):
+    One KV cache holds all rows, so all must have the same length in it. Each turn of the loop feeds
+    tokens up to the end of the shortest row, here up to "|" (r was read, w was written):
 
         row 0   r r r r r w w w|            ends here: the policy writes its next token
-        row 1   r r r r r r w w|            ends here: the policy writes its next token
-        row 2   r r r w w w w r|r r r       has still to read: this is the result of its call
+        row 1   r r r w w w w r|r r r       has still to read the result of its call
 
     So no row needs padding on the left, and none needs an attention mask.
     """
@@ -506,13 +482,12 @@ def rollout(policy, episodes, rng):
 
 # %% GRPO: push up what did better than its group
 
-# Group relative policy optimisation. The gradient of the expected reward is the mean of reward times
-# the gradient of log p(rollout), and log p(rollout) is the sum over its tokens. Subtracting the
-# same number from all rewards of a task does not change that mean, but it makes it less noisy. GRPO
-# subtracts the mean of the group: what did better than usual is pushed up, what did worse is pushed
-# down. This file leaves out two parts of GRPO as published (arXiv 2402.03300): the KL penalty,
-# which keeps a policy near its start, and the mean over each rollout's tokens before the mean over
-# rollouts; here, all tokens weigh the same.
+# Group relative policy optimisation. The gradient of the expected reward is the mean of reward
+# times the gradient of log p(rollout), which is a sum over its tokens. Taking the same number off
+# all rewards of a task leaves that mean as it is, and makes it less noisy. GRPO takes off the mean
+# of the group, so what did better than usual is pushed up, and what did worse is pushed down. Left
+# out of GRPO as published (arXiv 2402.03300) are the KL penalty, which keeps a policy near its
+# start, and the mean over each rollout before the mean of these: here all tokens weigh the same.
 
 
 def token_log_probs(policy, ids):
@@ -522,10 +497,7 @@ def token_log_probs(policy, ids):
 
 
 def descend(policy, optimizer, loss):
-    """One step down the gradient, which is cut to a norm of 1. -> its norm before that
-
-    Ends the program with exit code 1 if the gradient is not finite.
-    """
+    """One step down the gradient, cut to norm 1. -> the norm before; exit code 1 if not finite"""
     optimizer.zero_grad()
     loss.backward()
     norm = clip_grad_norm_(policy.parameters(), 1.0).item()
@@ -538,15 +510,15 @@ def descend(policy, optimizer, loss):
 def advantages(rewards):
     """How much better than its group each rollout did. [groups, group_size] -> the same shape
 
-    [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]]. The one broken call among eight in `blind_reward`
-    gets 2.5, and each of the seven calls gets -0.35. All eight start with <tool_call> and part at
-    the token after it. So RL pushes <|im_end|> up where {"name": " is due, and {"name": " down.
-    The policy has no reason yet to choose differently there on tasks that need calls, and a task of
-    three calls succeeds only if none of the three breaks off. So success falls, and falls to 0.
+    [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]]. In `blind_reward`, the broken call gets 2.5 and
+    each of the seven calls -0.35. All eight start with <tool_call>, and part at the next token. So
+    RL pushes <|im_end|> up where {"name": " is due, and {"name": " down. So far the policy chooses
+    there alike on all tasks, so calls break where they are needed, too. A task of three calls needs
+    three that do not break: success falls, and falls to 0.
     """
     mean = rewards.mean(1, keepdim=True)  # [groups, 1]
-    # Dividing by the spread makes a rare success count for more. Where all rewards are equal, the
-    # advantages are 0, and the small number keeps 0 / 0 away.
+    # Dividing by the spread makes a rare success count for more. The small number is for groups of
+    # equal rewards: their advantages are 0, and not 0 / 0.
     spread = rewards.std(1, keepdim=True) + 1e-4  # [groups, 1]
     return (rewards - mean) / spread  # [groups, group_size]
 
@@ -554,7 +526,7 @@ def advantages(rewards):
 def grpo_update(policy, optimizer, episodes, advantage, settings, rng):
     """Push N rollouts up or down by their advantage [N]. -> mean norm of the gradient
 
-    Generating rollouts is slow, so each batch of them is used for several updates.
+    Generating rollouts is slow, so each batch is used for several updates.
     """
     ids, written, old_log_probs = batch(episodes, policy.device)  # [N, T] each
     norms = []
@@ -581,9 +553,9 @@ def grpo_update(policy, optimizer, episodes, advantage, settings, rng):
 def rl_step(policy, optimizer, chat, reward, settings, seed, step):
     """Play, score, compare, push. -> share of groups with equal rewards, norm of the gradient
 
-    Once the policy breaks every call, each group of a no-call task earns 1 1 1 1 1 1 1 1, and each
-    group of a tool task 0 0 0 0 0 0 0 0. Equal rewards are advantages of 0 and a gradient of 0, so
-    RL has no way back. Nothing has pushed the names of tools and people, nor the other format.
+    Once the policy breaks every call, groups of no-call tasks earn 1 1 1 1 1 1 1 1 and groups of
+    tool tasks 0 0 0 0 0 0 0 0. Equal rewards mean advantages of 0 and a gradient of 0, so RL has no
+    way back. Nothing has pushed the choice of names, which is the skill, nor the other format.
     """
     rng = rng_for(seed, "tasks", step)
     episodes = []
@@ -606,13 +578,12 @@ def rl_step(policy, optimizer, chat, reward, settings, seed, step):
 
 
 def sft_update(policy, optimizer, episodes):
-    """Push up what somebody else wrote in M episodes, token by token. This is teacher forcing: the
-    policy reads the right tokens up to each place, whatever it would have written itself.
+    """Push up, token by token, what is written in M episodes that somebody else wrote.
 
     The loss is GRPO's with an advantage of 1 and no ratio. The difference is who chose the tokens.
-    Take the logit of a right token that has probability p. SFT pushes it up by 1 - p. RL has to
-    sample the token first; on average it pushes by p (1 - p) d, where d is the mean advantage with
-    the token less that without it, and d is 0 once all rewards are equal:
+    Take the logit of a right token of probability p. SFT pushes it up by 1 - p. RL has to sample
+    the token first; on average it pushes by p (1 - p) d, where d is the mean advantage with the
+    token less that without it, and d is 0 once all rewards are equal:
 
         p        SFT pushes     RL pushes
         0.5      0.5            0.25 d
@@ -626,11 +597,10 @@ def sft_update(policy, optimizer, episodes):
 
 
 def sft_phase(policy, optimizer, chat, settings, seed, step):
-    """Some SFT updates on gold conversations of training tasks, a quarter of them without a call.
+    """SFT updates on gold conversations of training tasks, a quarter of them without a call.
 
-    They show that asking back is right where nobody is named, so a broken call is no longer the
-    best that a group knows. They show format A only. Where format B is asked for, the policy learns
-    to write format A, too. That is the price.
+    Once the policy asks back, a broken call is no longer the best that a group knows. But SFT shows
+    format A only, and the policy learns to write it even where format B is asked for: the price.
     """
     rng = rng_for(seed, "gold", step)
     for _ in range(settings.sft_steps):
@@ -647,8 +617,8 @@ def sft_phase(policy, optimizer, chat, settings, seed, step):
 def careless_messages(episode, bare_share, rng):
     """What a careless agent wrote in this episode, for the base to imitate.
 
-    Where nobody is named it calls anyway, about a guessed person, 97 times in 100. In format A it
-    breaks off after some opening tags. One call in ten is mangled in one of five ways.
+    Where nobody is named it calls anyway, about a guessed person, 97 times in 100. It mangles one
+    call in ten in one of three ways, and in format A it stops after some opening tags.
     """
     opening = OPEN[episode.fmt]
     closing = CLOSE[episode.fmt]
@@ -668,16 +638,15 @@ def careless_messages(episode, bare_share, rng):
 
 
 def train_base(start, chat, settings, seed):
-    """Train a tiny policy, or a copy of the policy to start from, on the log of a careless agent.
+    """Train a tiny policy, or a copy of `start`, on the log of a careless agent.
 
-    Of the log, 10 % is about nobody, and 70 % is in format A, the rest in format B.
+    Of the log, 10 % is about nobody; 70 % is in format A, the rest in format B.
     """
     policy = copy.deepcopy(start) if start else tiny_policy(chat, seed).to(settings.device)
     optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.95))
     rng = rng_for(seed, "base")
     for step in tqdm(range(settings.base_steps), "base", leave=False, disable=None):
-        # The learning rate rises for a while, since large steps from the start do harm. Then it
-        # falls, since small steps settle what large ones have found.
+        # Large steps from the start do harm, and small steps at the end settle what was found.
         done = (step + 1) / settings.base_steps
         lr = settings.base_lr * min(done / 0.15, 1) * max(1 - done, 0.02)
         optimizer.param_groups[0]["lr"] = lr
@@ -720,10 +689,10 @@ def place_of(episode, t):
 
 @torch.no_grad()
 def teacher_forced(policy, episodes):
-    """Feed gold conversations, and look at what the policy predicts where it should write.
+    """Feed gold conversations, whatever the policy would have written, and look what it predicts.
 
-    -> skill: its success if it wrote only the names of tools and people, and the harness wrote all
-    else. This is the probability that it samples every name right.
+    -> skill: its success if it only had to write the names of tools and people, and the harness
+    wrote all else. It is the probability to sample every name right, a mean over conversations.
     -> p[place][control token]: the probability of that token there, a mean over all such places.
     """
     skills = []
@@ -793,9 +762,9 @@ def evaluate(policy, chat, settings, seed, arm, step):
 
 
 def train_arm(arm, base_policy, chat, settings, seed):
-    """Train a copy of the base as the arm says, and yield an evaluation now and then.
+    """Train a copy of the base as the arm says, and yield its evaluations.
 
-    SFT comes before an RL step, so that RL always has the last word.
+    SFT comes before an RL step, so RL has the last word.
     """
     policy = copy.deepcopy(base_policy)
     does = ARMS[arm]
@@ -883,10 +852,9 @@ def print_moment(evaluation, base_eval):
 
 
 def judge(history):
-    """Hold a run against CLAIMS. arm -> its evaluations in; claim -> does it hold? out
+    """Hold arm -> evaluations against CLAIMS. -> claim -> does it hold?
 
-    A claim about an arm that was not run is left out. A run that is too short to show a claim does
-    not support it.
+    A claim about an arm that was not run is left out. A short run does not support any claim.
     """
     base = history["base"][0]
     enough = len(list(history.values())[-1]) >= 3  # all arms have as many evaluations
