@@ -73,12 +73,8 @@ from transformers.hf_argparser import HfArgumentParser
 # %% Settings: every knob of a run
 
 # What an arm does to its copy of the base. Arms share all else: tasks, seeds, number of RL steps.
-ARMS = {
-    "rl": {"rl"},
-    "interleaved": {"rl", "sft"},
-    "sft": {"sft"},
-    "rl-strict": {"rl", "strict"},  # its reward reads the reply
-}
+# In rl-strict, the reward reads the reply.
+ARMS = {"rl": {"rl"}, "interleaved": {"rl", "sft"}, "sft": {"sft"}, "rl-strict": {"rl", "strict"}}
 
 
 @dataclass
@@ -231,10 +227,7 @@ def tiny_tokenizer():
 
 
 class Chat:
-    """What the harness has to know of a tokenizer, the tiny one or any other.
-
-    Raises ValueError for a chat template that does not end messages with <|im_end|>.
-    """
+    """What the harness has to know of a tokenizer, the tiny one or any other."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -246,7 +239,7 @@ class Chat:
         messages = [{"role": role, "content": word} for role, word in words.items()]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if "CALL" + END not in text:
-            raise ValueError(f"its chat template does not end messages with {END}")
+            raise ValueError(f"the chat template does not end messages with {END}")
         self.before_message, self.after_call = text.split("CALL" + END)
 
     @functools.cache  # a few hundred texts are encoded again and again
@@ -287,8 +280,8 @@ MAX_TOKENS = 40  # in a message that the policy writes
 class Episode:
     """One conversation about one task: what would be right, and a record of what was said.
 
-    The record is three lists, an entry a token: `ids`; `written`, True where the policy wrote and
-    False where it read; `log_probs` of what it wrote, at the time when it wrote it.
+    The record has an entry a token: `ids`; `written`, True where the policy wrote and False where
+    it read; `log_probs` of what it wrote, at the time when it wrote it.
     """
 
     def __init__(self, chat, question, directory, fmt="A"):
@@ -425,7 +418,6 @@ def tiny_policy(chat, seed):
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=512,
         tie_word_embeddings=True,
         initializer_range=0.1,  # with the usual 0.02 it learns late or never to copy a name
     )
@@ -434,10 +426,7 @@ def tiny_policy(chat, seed):
 
 
 def batch(episodes, device):
-    """The records of N episodes. -> ids, written, log_probs, each [N, T]
-
-    They are padded with zeros on the right, where no token looks, and padding is not `written`.
-    """
+    """The records of N episodes, padded with zeros. -> ids, written, log_probs, each [N, T]"""
     padded = []
     for name in ("ids", "written", "log_probs"):
         rows = [torch.tensor(getattr(episode, name)) for episode in episodes]
@@ -524,12 +513,10 @@ def advantages(rewards):
 
 
 def grpo_update(policy, optimizer, episodes, advantage, settings, rng):
-    """Push N rollouts up or down by their advantage [N]. -> mean norm of the gradient
-
-    Generating rollouts is slow, so each batch is used for several updates.
-    """
+    """Push N rollouts up or down by their advantage [N]. -> mean norm of the gradient"""
     ids, written, old_log_probs = batch(episodes, policy.device)  # [N, T] each
     norms = []
+    # Generating rollouts is slow, so they are used for several updates, each on a minibatch.
     order = torch.from_numpy(rng.permutation(len(episodes)))  # [N]
     for rows in order.chunk(settings.minibatches):  # [M]
         log_probs = token_log_probs(policy, ids[rows])  # [M, T-1]
@@ -547,7 +534,7 @@ def grpo_update(policy, optimizer, episodes, advantage, settings, rng):
         # What the policy did not write, it is not to blame for: prompts, results, padding.
         loss = -(objective * mask).sum() / mask.sum()
         norms.append(descend(policy, optimizer, loss))
-    return np.mean(norms).item()
+    return np.mean(norms)
 
 
 def rl_step(policy, optimizer, chat, reward, settings, seed, step):
@@ -638,10 +625,7 @@ def careless_messages(episode, bare_share, rng):
 
 
 def train_base(start, chat, settings, seed):
-    """Train a tiny policy, or a copy of `start`, on the log of a careless agent.
-
-    Of the log, 10 % is about nobody; 70 % is in format A, the rest in format B.
-    """
+    """Train a tiny policy, or a copy of `start`, on the log of a careless agent."""
     policy = copy.deepcopy(start) if start else tiny_policy(chat, seed).to(settings.device)
     optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.95))
     rng = rng_for(seed, "base")
@@ -661,13 +645,9 @@ def train_base(start, chat, settings, seed):
 
 # %% Probes: what a policy does, and what it still could do
 
-# probe: (kind of held-out task, format)
-PROBES = {
-    "success": ("multi_step", "A"),
-    "one_call": ("one_call", "A"),  # simpler tasks
-    "format_b": ("multi_step", "B"),  # a format that neither RL nor its SFT shows
-    "ask": ("no_call", "A"),
-}
+# probe: (kind of held-out task, format). Neither RL nor its SFT ever shows format B.
+PROBES = {"success": ("multi_step", "A"), "one_call": ("one_call", "A")}
+PROBES |= {"format_b": ("multi_step", "B"), "ask": ("no_call", "A")}
 STATES = ["whole_calls", "replies", "bare_tags", "stray_tags"]
 # place in a gold conversation: what is due there
 PLACES = {"call": OPEN["A"], "json": "JSON", "close": CLOSE["A"], "end": END, "reply": "text"}
@@ -718,7 +698,7 @@ def teacher_forced(policy, episodes):
     p = {}
     for place, rows in found.items():
         p[place] = dict(zip(CONTROL, torch.stack(rows).mean(0).tolist(), strict=True))
-    return np.mean(skills).item(), p
+    return np.mean(skills), p
 
 
 def transcript(episode):
@@ -746,8 +726,8 @@ def evaluate(policy, chat, settings, seed, arm, step):
 
     event = {"event": "eval", "seed": seed, "arm": arm, "step": step}
     for probe, episodes in played.items():
-        event[probe] = np.mean([success(episode) for episode in episodes]).item()
-    event["no_call_reward"] = np.mean([blind_reward(episode) for episode in played["ask"]]).item()
+        event[probe] = np.mean([success(episode) for episode in episodes])
+    event["no_call_reward"] = np.mean([blind_reward(episode) for episode in played["ask"]])
     gold = [Episode(chat, episode.question, episode.directory) for episode in played["success"]]
     event["skill"], event["p"] = teacher_forced(policy, gold)
     states = []
@@ -762,10 +742,7 @@ def evaluate(policy, chat, settings, seed, arm, step):
 
 
 def train_arm(arm, base_policy, chat, settings, seed):
-    """Train a copy of the base as the arm says, and yield its evaluations.
-
-    SFT comes before an RL step, so RL has the last word.
-    """
+    """Train a copy of the base as the arm says, with RL after SFT, and yield its evaluations."""
     policy = copy.deepcopy(base_policy)
     does = ARMS[arm]
     reward = success if "strict" in does else blind_reward
@@ -808,15 +785,12 @@ Shift = namedtuple("Shift", ["rise", "p", "token", "place", "spiked"])
 
 
 def control_token_shifts(evaluation, base_eval):
-    """Each control token at each place where it is not due, the largest rise over the base first.
-
-    A token has spiked if its probability is 0.4 or more, and five times the base's.
-    """
+    """Each control token at each place where it is not due, the largest rise first."""
     shifts = []
     for place, due in PLACES.items():
         for token, p in evaluation["p"][place].items():
             base_p = base_eval["p"][place][token]
-            spiked = p >= 0.4 and p >= 5 * base_p
+            spiked = p >= 0.4 and p >= 5 * base_p  # it was rare, and is common now
             if token != due:
                 shifts.append(Shift(p - base_p, p, token, place, spiked))
     return sorted(shifts, reverse=True)
@@ -852,10 +826,7 @@ def print_moment(evaluation, base_eval):
 
 
 def judge(history):
-    """Hold arm -> evaluations against CLAIMS. -> claim -> does it hold?
-
-    A claim about an arm that was not run is left out. A short run does not support any claim.
-    """
+    """Which claims hold, given the evaluations of each arm? Too few of them support no claim."""
     base = history["base"][0]
     enough = len(list(history.values())[-1]) >= 3  # all arms have as many evaluations
     holds = {}
@@ -891,11 +862,10 @@ def read_settings(argv):
         epilog=inspect.getsource(Settings),
         formatter_class=RawDescriptionHelpFormatter,
     )
-    chosen = parser.parse_args(argv)
-    if chosen.model:
+    settings = Settings(**vars(parser.parse_args(argv)))
+    if settings.model:
         parser.set_defaults(**PRETRAINED)
-        chosen = parser.parse_args(argv)
-    settings = Settings(**vars(chosen))
+        settings = Settings(**vars(parser.parse_args(argv)))
     for name, value in vars(settings).items():
         if isinstance(value, float) and not 0 <= value <= 1:
             parser.error(f"--{name} {value}: must be from 0 to 1")
