@@ -3,20 +3,9 @@
     python toolrl.py                        a tiny model, in half a minute
     python toolrl.py --model CHECKPOINT     the same with a pretrained model
 
-A run, with the functions that do it:
-
-    for each seed:
-        base: a policy that has imitated the log of a careless agent      train_base
-        for each arm, which is one way to go on from the base:            train_arm
-            for each RL step:
-                in arms with SFT, before steps 6, 11 ...: imitate         sft_phase
-                play some tasks, each of them several times               rollout
-                score each conversation with 1 or 0                       blind_reward
-                push up what scored better than its group                 grpo_update
-                after steps 5, 10 ...: measure                            evaluate
-        hold what was measured against claims that can fail               judge
-
-A right conversation. The policy wrote the lines with ">", the harness wrote the others:
+A policy is a language model that acts. The harness is the program around it: it runs the policy's
+calls, returns their results and gives a reward. A right conversation, in which the policy wrote the
+lines with ">" and the harness wrote the others:
 
       <|im_start|>system
       use <tool_call><|im_end|>
@@ -29,23 +18,34 @@ A right conversation. The policy wrote the lines with ">", the harness wrote the
       <|im_start|>assistant
     > The answer is bob<|im_end|>
 
-After some steps of RL, the policy opens a call and ends its message at once. The harness finds no
-call in this message, takes it for a reply, and the conversation is over:
+After some steps of reinforcement learning (RL), the policy opens a call and ends its message at
+once. The harness finds no call to run, takes this for a reply, and the conversation is over:
 
     > <tool_call><|im_end|>
 
 This file shows how that comes about. The finding is from "Why Multi-Step Tool-Use Reinforcement
 Learning Collapses and How Supervisory Signals Fix It", arXiv 2606.26027. The bad habits of the base
-are planted here, because real models have such habits; what RL makes of them is not planted.
+are planted here, and so are the many tasks without a call; what RL makes of them is not.
 
-The words that are not PyTorch's. A policy is a language model that acts. The harness is the program
-around it: it runs the calls, returns their results and gives the reward. An episode is one
-conversation about one task; a rollout is an episode that the policy has written; a group is the
-rollouts of one task. A gold conversation is right from start to end. Supervised fine-tuning (SFT)
-makes gold conversations likelier; reinforcement learning (RL) makes rewarded rollouts likelier.
-Control tokens give a conversation its structure: tags around calls and results, marks around
-messages. A token is due where the gold conversation has it. Held-out tasks are never trained on. In
-shapes, N is episodes, M is some of them, T is tokens, V is the vocabulary.
+More words that are not PyTorch's. An episode is one conversation about one task; a rollout is an
+episode that the policy has written; a group is the rollouts of one task. RL makes rollouts with a
+high reward likelier. Supervised fine-tuning (SFT) makes given conversations likelier; gold ones are
+those that are right from start to end. Control tokens give a conversation its structure: tags
+around calls and results, marks around messages. A token is due where the gold conversation has it.
+In shapes, N is episodes, M is some of them, T is tokens, V is the vocabulary.
+
+A run, with the functions that do it:
+
+    for each seed:
+        base: a policy that has imitated the log of a careless agent      train_base
+        for each arm, which is one way to go on from the base:            train_arm
+            for each RL step:
+                in arms with SFT, before steps 6, 11 ...: imitate         sft_phase
+                play some tasks, each of them several times               rollout
+                score each conversation with 1 or 0                       blind_reward
+                push up what scored better than its group                 grpo_update
+                after steps 5, 10 ...: measure, on held-out tasks         evaluate
+        hold what was measured against claims that can fail               judge
 """
 
 import copy
@@ -60,6 +60,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ from transformers.hf_argparser import HfArgumentParser
 
 # %% Settings: every knob of a run
 
-# What an arm does to its copy of the base. Arms share all else: tasks, seeds, number of RL steps.
+# What an arm does to its copy of the base. Arms share all else: tasks, seeds, number of steps.
 # In rl-strict, the reward reads the reply.
 ARMS = {"rl": {"rl"}, "interleaved": {"rl", "sft"}, "sft": {"sft"}, "rl-strict": {"rl", "strict"}}
 
@@ -91,12 +92,12 @@ class Settings:
     out: str = ""  # write what is measured into this file, one JSON object a line
     # Base
     base_steps: int = 200  # SFT updates on the log of a careless agent
-    base_lr: float = 8e-3  # highest learning rate of these updates
-    bare_share: float = 0.08  # share of this log's format-A calls that end after the opening tag
+    base_lr: float = 8e-3  # learning rate of these updates, which first rises and then falls
+    bare_share: float = 0.08  # share of the log's right calls that end after an opening <tool_call>
     # RL
     steps: int = 30  # RL steps in an arm
     lr: float = 1.5e-4  # learning rate of RL
-    no_call_share: float = 0.9  # share of RL's tasks that need no call
+    no_call_share: float = 0.9  # share of RL's tasks in which no call is right
     groups: int = 8  # tasks in an RL step
     group_size: int = 8  # rollouts of each of these tasks
     minibatches: int = 4  # updates from the rollouts of one RL step
@@ -108,7 +109,7 @@ class Settings:
     sft_batch: int = 32  # conversations in an SFT update, the base's updates too
     # Evaluation
     eval_every: int = 5  # RL steps from one evaluation to the next
-    eval_episodes: int = 128  # held-out episodes of each probe
+    eval_episodes: int = 128  # held-out episodes of each kind in an evaluation
 
 
 # With --model, these are the defaults: a pretrained model needs smaller steps, and fewer.
@@ -143,7 +144,7 @@ def check_tasks():
         for question in train + held_out:
             tools, person = parse_question(question)
             calls = 0 if person == NOBODY else len(tools)
-            known = set(tools) <= set(TOOLS) and person in PEOPLE + [NOBODY]
+            known = tools and set(tools) <= set(TOOLS) and person in PEOPLE + [NOBODY]
             if not known or kind != KINDS[min(calls, 2)]:
                 raise ValueError(f"tiny_tasks.json: {question!r} is no {kind} question")
         if set(train) & set(held_out):
@@ -200,8 +201,8 @@ def parse_call(message, fmt):
 
 
 def tiny_tokenizer():
-    """Tags and names are tokens, and so is all that stands between: "The answer is ", "leo"."""
-    pad = "<pad>"  # It must not be <|im_end|>: code that masks padding would mask the end, too.
+    """Tags are tokens, names are tokens, and each text between them is one, "The answer is "."""
+    pad = "<pad>"  # not <|im_end|>, because code that masks padding would then mask the end
     # All that is said in the tiny world, but for names.
     texts = ["system\n" + WORDING["system"].replace("TAG", OPEN["A"]), "user\n", " of ", " ?"]
     texts += ["assistant\n", call_text(TOOLS[0], PEOPLE[0], "A"), "tool\n", "error"]
@@ -215,15 +216,14 @@ def tiny_tokenizer():
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=pad))
     core.pre_tokenizer = splitter
     core.decoder = decoders.Fuse()
-    template = (  # the layout of Hermes and Qwen
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token=pad)
+    tokenizer.chat_template = (  # the layout of Hermes and Qwen
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{% if m.role == 'tool' %}<tool_response>{{ m.content }}</tool_response>"
         "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=pad, chat_template=template
-    )
+    return tokenizer
 
 
 class Chat:
@@ -301,14 +301,14 @@ class Episode:
         self.read(chat.prompt(question, fmt))
 
     def read(self, ids):
-        """The harness speaks."""
+        """Record what the harness says."""
         self.ids += ids
         self.written += [False] * len(ids)
         self.log_probs += [0.0] * len(ids)
         self.message_start = len(self.ids)
 
     def write(self, token, log_prob=0.0):
-        """The policy speaks, one token. At the end of its message, the harness takes a turn."""
+        """Record one token of the policy. At the end of its message, the harness responds."""
         self.ids.append(token)
         self.written.append(True)
         self.log_probs.append(log_prob)
@@ -341,7 +341,7 @@ def new_episode(chat, split, kind, rng, fmt="A"):
 
 
 def play(episode, messages):
-    """Write somebody's messages, right or careless, until the harness ends it. -> the episode"""
+    """Write given messages, right or careless, until the harness ends it. -> the episode"""
     for message in messages:
         for token in episode.chat.encode(message + END):
             if not episode.done:
@@ -352,16 +352,16 @@ def play(episode, messages):
 def blind_reward(episode):
     """RL's reward: 1.0 if the right calls and no others were run before a reply, otherwise 0.0.
 
-    Nobody reads the reply. Real harnesses score like this, and so does the paper's. All that
+    Nobody reads the reply. Many harnesses score like this, and so does the paper's. All that
     follows comes from this blind spot. Take "rival of them ?", which names nobody. It is right to
     call nothing and to ask back. Eight rollouts of the base may be these:
 
         seven times   <tool_call>{"name": "rival", "arguments": {"of": "bob"}}</tool_call> ...   0
         once          <tool_call><|im_end|>                                                      1
 
-    The base has learnt to call, so it calls, about a person whom it guesses. This is a wrong call
-    and earns 0. About one time in twelve it stops after the opening tag, on this task as on any
-    other, because its log did. No call was run and the message counts as a reply, so it earns the 1
+    The base has learnt to call, so it calls, about a guessed person: a wrong call, which earns 0.
+    About one time in twelve it stops after the opening tag. It has seen that on other tasks, and
+    the habit carries over. No call was run and the message counts as a reply, so it earns the 1
     that asking back would have earned. But the base hardly ever asks back, and RL can only make
     likelier what was sampled. So the broken call is the best that this group knows.
     """
@@ -471,12 +471,13 @@ def rollout(policy, episodes, rng):
 
 # %% GRPO: push up what did better than its group
 
-# Group relative policy optimisation. The gradient of the expected reward is the mean of reward
-# times the gradient of log p(rollout), which is a sum over its tokens. Taking the same number off
-# all rewards of a task leaves that mean as it is, and makes it less noisy. GRPO takes off the mean
-# of the group, so what did better than usual is pushed up, and what did worse is pushed down. Left
-# out of GRPO as published (arXiv 2402.03300) are the KL penalty, which keeps a policy near its
-# start, and the mean over each rollout before the mean of these: here all tokens weigh the same.
+# Group relative policy optimisation. Sampling has no gradient, but the expected reward has one: the
+# mean of reward times the gradient of log p(rollout), which is a sum over the rollout's tokens.
+# Taking the same number off all rewards of a task leaves this as it is, and makes it less noisy.
+# GRPO takes off the mean of the group: what did better than usual is pushed up, the rest down.
+#
+# Left out of GRPO as published (arXiv 2402.03300): the KL penalty, which keeps a policy near its
+# start, and the mean over each rollout before the mean of these. Here all tokens weigh the same.
 
 
 def token_log_probs(policy, ids):
@@ -501,9 +502,9 @@ def advantages(rewards):
 
     [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]]. In `blind_reward`, the broken call gets 2.5 and
     each of the seven calls -0.35. All eight start with <tool_call>, and part at the next token. So
-    RL pushes <|im_end|> up where {"name": " is due, and {"name": " down. So far the policy chooses
-    there alike on all tasks, so calls break where they are needed, too. A task of three calls needs
-    three that do not break: success falls, and falls to 0.
+    RL pushes <|im_end|> up there, and {"name": " down. The base does not yet tell tasks apart
+    there, so calls break on tool tasks, too. Those push the other way, but nine in ten tasks need
+    no call. A task of three calls needs three that do not break, so success falls, and falls to 0.
     """
     mean = rewards.mean(1, keepdim=True)  # [groups, 1]
     # Dividing by the spread makes a rare success count for more. The small number is for groups of
@@ -523,7 +524,7 @@ def grpo_update(policy, optimizer, episodes, advantage, settings, rng):
         # Column t is about token t + 1, because the first token has nothing before it.
         mask = written[rows, 1:]  # [M, T-1]
         # The policy has moved since it sampled these tokens. The ratio, new probability by old,
-        # corrects for that. It is 1 in the first minibatch.
+        # corrects for that. In the first minibatch it is 1.
         ratio = (log_probs - old_log_probs[rows, 1:]).exp()  # [M, T-1]
         # The reward comes at the end, so all tokens of a rollout share one advantage.
         gain = advantage[rows, None]  # [M, 1]
@@ -534,7 +535,7 @@ def grpo_update(policy, optimizer, episodes, advantage, settings, rng):
         # What the policy did not write, it is not to blame for: prompts, results, padding.
         loss = -(objective * mask).sum() / mask.sum()
         norms.append(descend(policy, optimizer, loss))
-    return np.mean(norms)
+    return fmean(norms)
 
 
 def rl_step(policy, optimizer, chat, reward, settings, seed, step):
@@ -542,7 +543,7 @@ def rl_step(policy, optimizer, chat, reward, settings, seed, step):
 
     Once the policy breaks every call, groups of no-call tasks earn 1 1 1 1 1 1 1 1 and groups of
     tool tasks 0 0 0 0 0 0 0 0. Equal rewards mean advantages of 0 and a gradient of 0, so RL has no
-    way back. Nothing has pushed the choice of names, which is the skill, nor the other format.
+    way back. No reward has depended on a choice of names, which is the skill, or on format B.
     """
     rng = rng_for(seed, "tasks", step)
     episodes = []
@@ -567,7 +568,7 @@ def rl_step(policy, optimizer, chat, reward, settings, seed, step):
 def sft_update(policy, optimizer, episodes):
     """Push up, token by token, what is written in M episodes that somebody else wrote.
 
-    The loss is GRPO's with an advantage of 1 and no ratio. The difference is who chose the tokens.
+    The loss is GRPO's with advantages of 1 and log p for the ratio, but RL chose its own tokens.
     Take the logit of a right token of probability p. SFT pushes it up by 1 - p. RL has to sample
     the token first; on average it pushes by p (1 - p) d, where d is the mean advantage with the
     token less that without it, and d is 0 once all rewards are equal:
@@ -586,8 +587,8 @@ def sft_update(policy, optimizer, episodes):
 def sft_phase(policy, optimizer, chat, settings, seed, step):
     """SFT updates on gold conversations of training tasks, a quarter of them without a call.
 
-    Once the policy asks back, a broken call is no longer the best that a group knows. But SFT shows
-    format A only, and the policy learns to write it even where format B is asked for: the price.
+    Once the policy asks back, a broken call is no better than its group. But SFT shows format A
+    only, and the policy learns to write format A even where format B is asked for: the price.
     """
     rng = rng_for(seed, "gold", step)
     for _ in range(settings.sft_steps):
@@ -624,15 +625,17 @@ def careless_messages(episode, bare_share, rng):
     return [*messages, episode.gold[-1]]
 
 
-def train_base(start, chat, settings, seed):
-    """Train a tiny policy, or a copy of `start`, on the log of a careless agent."""
-    policy = copy.deepcopy(start) if start else tiny_policy(chat, seed).to(settings.device)
+def train_base(pretrained, chat, settings, seed):
+    """Train a tiny policy, or a copy of a pretrained one, on the log of a careless agent."""
+    policy = (
+        copy.deepcopy(pretrained) if pretrained else tiny_policy(chat, seed).to(settings.device)
+    )
     optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.95))
     rng = rng_for(seed, "base")
     for step in tqdm(range(settings.base_steps), "base", leave=False, disable=None):
         # Large steps from the start do harm, and small steps at the end settle what was found.
-        done = (step + 1) / settings.base_steps
-        lr = settings.base_lr * min(done / 0.15, 1) * max(1 - done, 0.02)
+        progress = (step + 1) / settings.base_steps
+        lr = settings.base_lr * min(progress / 0.15, 1) * max(1 - progress, 0.02)
         optimizer.param_groups[0]["lr"] = lr
         episodes = []
         for kind in rng.choice(KINDS, settings.sft_batch, p=[0.1, 0.15, 0.75]):
@@ -662,9 +665,7 @@ def place_of(episode, t):
             return place
     if before == OPEN["A"]:
         return "json"
-    if not episode.written[t - 1]:
-        return "reply"
-    return None
+    return None if episode.written[t - 1] else "reply"
 
 
 @torch.no_grad()
@@ -698,7 +699,7 @@ def teacher_forced(policy, episodes):
     p = {}
     for place, rows in found.items():
         p[place] = dict(zip(CONTROL, torch.stack(rows).mean(0).tolist(), strict=True))
-    return np.mean(skills), p
+    return fmean(skills), p
 
 
 def transcript(episode):
@@ -726,8 +727,8 @@ def evaluate(policy, chat, settings, seed, arm, step):
 
     event = {"event": "eval", "seed": seed, "arm": arm, "step": step}
     for probe, episodes in played.items():
-        event[probe] = np.mean([success(episode) for episode in episodes])
-    event["no_call_reward"] = np.mean([blind_reward(episode) for episode in played["ask"]])
+        event[probe] = fmean([success(episode) for episode in episodes])
+    event["no_call_reward"] = fmean([blind_reward(episode) for episode in played["ask"]])
     gold = [Episode(chat, episode.question, episode.directory) for episode in played["success"]]
     event["skill"], event["p"] = teacher_forced(policy, gold)
     states = []
@@ -781,7 +782,7 @@ CLAIMS = {
     "price": "its format_b ends below 0.8 of the base's, and of what rl had when first down",
     "cause": "no control token ever spikes in rl-strict",
 }
-Shift = namedtuple("Shift", ["rise", "p", "token", "place", "spiked"])
+Shift = namedtuple("Shift", "rise p token place spiked")
 
 
 def control_token_shifts(evaluation, base_eval):
@@ -851,17 +852,14 @@ def judge(history):
     return holds
 
 
-# %% Run: settings in, story out
+# %% Run: read the settings, go through seeds and arms
 
 
 def read_settings(argv):
     """The command line -> Settings. Bad input ends the program with a line and exit code 2."""
-    parser = HfArgumentParser(
-        Settings,
-        usage="python toolrl.py [--help] [--FLAG VALUE]",
-        epilog=inspect.getsource(Settings),
-        formatter_class=RawDescriptionHelpFormatter,
-    )
+    parser = HfArgumentParser(Settings, usage="python toolrl.py [--help] [--FLAG VALUE]")
+    parser.epilog = inspect.getsource(Settings)
+    parser.formatter_class = RawDescriptionHelpFormatter
     settings = Settings(**vars(parser.parse_args(argv)))
     if settings.model:
         parser.set_defaults(**PRETRAINED)
@@ -883,11 +881,11 @@ def record(event, out):
     print(json.dumps(event), file=out, flush=True)
 
 
-def run(settings, chat, start, out):
+def run(settings, chat, pretrained, out):
     """All seeds and arms, one after the other. -> the claims of each seed"""
     verdicts = []
     for seed in settings.seeds:
-        base_policy = train_base(start, chat, settings, seed)
+        base_policy = train_base(pretrained, chat, settings, seed)
         print(f"\n== base, seed {seed}\n{HEADER}")
         base_eval = evaluate(base_policy, chat, settings, seed, "base", 0)
         record(base_eval, out)
@@ -916,20 +914,20 @@ def main(argv=None):
         check_tasks()
         settings = read_settings(argv)
         torch.zeros(1, device=settings.device)  # is the device there?
-        chat, start = load(settings)
+        chat, pretrained = load(settings)
         out = open(settings.out or os.devnull, "w", encoding="utf-8")
-    except Exception as error:  # what can be wrong with a checkpoint has many types
-        print(f"toolrl: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+    except Exception as error:  # a checkpoint can be wrong in many ways
+        problem = str(error).split("\n")[0]
+        print(f"toolrl: tasks, --device, --model or --out: {problem}", file=sys.stderr)
         sys.exit(2)
     if not settings.model:
         torch.set_num_threads(1)  # a second thread gains a tiny model little
-    torch.set_float32_matmul_precision("high")  # a GPU may use TF32
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"toolrl with {versions}\n{settings}")
-    # The same run leaves the same file, whatever the file is called.
+    # The file does not hold its own name, so that equal runs leave equal files.
     record({"event": "config", **vars(settings), "out": "", "versions": versions}, out)
     try:
-        verdicts = run(settings, chat, start, out)
+        verdicts = run(settings, chat, pretrained, out)
     except KeyboardInterrupt:
         print("toolrl: stopped; what was measured is above and in --out", file=sys.stderr)
         sys.exit(130)
