@@ -27,12 +27,12 @@ This file shows how that comes about. The finding is from "Why Multi-Step Tool-U
 Learning Collapses and How Supervisory Signals Fix It", arXiv 2606.26027. The bad habits of the base
 are planted here, and so are the many tasks without a call; what RL makes of them is not.
 
-More words that are not PyTorch's. An episode is one conversation about one task; a rollout is an
-episode that the policy has written; a group is the rollouts of one task. RL makes rollouts with a
-high reward likelier. Supervised fine-tuning (SFT) makes given conversations likelier; gold ones are
-those that are right from start to end. Control tokens give a conversation its structure: tags
-around calls and results, marks around messages. A token is due where the gold conversation has it.
-In shapes, N is episodes, M is some of them, T is tokens, V is the vocabulary.
+More words: an episode is one conversation about one task; a rollout is an episode that the policy
+has written; a group is the rollouts of one task. RL makes rollouts with a high reward likelier.
+Supervised fine-tuning (SFT) makes given conversations likelier; gold ones are right from start to
+end. Control tokens give a conversation its structure: tags around calls and results, marks around
+messages. A token is due where the gold conversation has it. Format B has other tags: the base
+learns it, too, and no later training shows it. Shapes: N episodes, M of them, T tokens, V words.
 
 A run, with the functions that do it:
 
@@ -93,7 +93,7 @@ class Settings:
     # Base
     base_steps: int = 200  # SFT updates on the log of a careless agent
     base_lr: float = 8e-3  # learning rate of these updates, which first rises and then falls
-    bare_share: float = 0.08  # share of the log's right calls that end after an opening <tool_call>
+    bare_share: float = 0.08  # share of the log's format-A calls that stop after <tool_call>
     # RL
     steps: int = 30  # RL steps in an arm
     lr: float = 1.5e-4  # learning rate of RL
@@ -177,7 +177,7 @@ def right_answer(question, directory):
 # %% Text and tokens: calls as text, text as token ids
 
 END = "<|im_end|>"  # the token that ends a message
-OPEN = TASKS["open"]  # the tags of formats A and B, which are alike otherwise
+OPEN = TASKS["open"]  # the tags of formats A and B, which are alike in all else
 CLOSE = TASKS["close"]
 CONTROL = ["<|im_start|>", END]
 CONTROL += [*OPEN.values(), *CLOSE.values(), "<tool_response>", "</tool_response>"]
@@ -202,7 +202,7 @@ def parse_call(message, fmt):
 
 def tiny_tokenizer():
     """Tags are tokens, names are tokens, and each text between them is one, "The answer is "."""
-    pad = "<pad>"  # not <|im_end|>, because code that masks padding would then mask the end
+    pad = "<pad>"  # not <|im_end|>, or code that masks padding would mask the end, too
     # All that is said in the tiny world, but for names.
     texts = ["system\n" + WORDING["system"].replace("TAG", OPEN["A"]), "user\n", " of ", " ?"]
     texts += ["assistant\n", call_text(TOOLS[0], PEOPLE[0], "A"), "tool\n", "error"]
@@ -352,9 +352,9 @@ def play(episode, messages):
 def blind_reward(episode):
     """RL's reward: 1.0 if the right calls and no others were run before a reply, otherwise 0.0.
 
-    Nobody reads the reply. Many harnesses score like this, and so does the paper's. All that
-    follows comes from this blind spot. Take "rival of them ?", which names nobody. It is right to
-    call nothing and to ask back. Eight rollouts of the base may be these:
+    Nobody reads the reply. Many harnesses score like this, and so does the paper's. Without this
+    blind spot the collapse does not come (arm rl-strict). Take "rival of them ?", which names
+    nobody. It is right to call nothing and to ask back. Eight rollouts of the base may be these:
 
         seven times   <tool_call>{"name": "rival", "arguments": {"of": "bob"}}</tool_call> ...   0
         once          <tool_call><|im_end|>                                                      1
@@ -375,14 +375,14 @@ def success(episode):
 
 
 def classify(message):
-    """One of STATES; in the paper: healthy call, healthy response, collapsed, text pollution."""
+    """What a message of format A holds. The paper's names for these states are beside them."""
     if parse_call(message, "A"):
-        return "whole_calls"
+        return "whole_calls"  # healthy call
     if re.sub(r"<[^<>]*>", "", message).strip() == "":
-        return "bare_tags"
+        return "bare_tags"  # collapsed: tags alone, or nothing
     if re.search(r"[<{]", message):
-        return "stray_tags"
-    return "replies"
+        return "stray_tags"  # text pollution
+    return "replies"  # healthy response
 
 
 # %% Policy and rollout: a language model talks to the harness
@@ -475,9 +475,7 @@ def rollout(policy, episodes, rng):
 # mean of reward times the gradient of log p(rollout), which is a sum over the rollout's tokens.
 # Taking the same number off all rewards of a task leaves this as it is, and makes it less noisy.
 # GRPO takes off the mean of the group: what did better than usual is pushed up, the rest down.
-#
-# Left out of GRPO as published (arXiv 2402.03300): the KL penalty, which keeps a policy near its
-# start, and the mean over each rollout before the mean of these. Here all tokens weigh the same.
+# The KL penalty of GRPO as published (arXiv 2402.03300) is left out, and all tokens weigh the same.
 
 
 def token_log_probs(policy, ids):
@@ -502,9 +500,9 @@ def advantages(rewards):
 
     [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]]. In `blind_reward`, the broken call gets 2.5 and
     each of the seven calls -0.35. All eight start with <tool_call>, and part at the next token. So
-    RL pushes <|im_end|> up there, and {"name": " down. The base does not yet tell tasks apart
-    there, so calls break on tool tasks, too. Those push the other way, but nine in ten tasks need
-    no call. A task of three calls needs three that do not break, so success falls, and falls to 0.
+    RL pushes <|im_end|> up there, and {"name": " down. Little in its log made the base look at the
+    question there, so calls break on tool tasks, too. Those push the other way, but nine in ten
+    tasks need no call. A task of three calls needs three whole ones: success falls, and falls to 0.
     """
     mean = rewards.mean(1, keepdim=True)  # [groups, 1]
     # Dividing by the spread makes a rare success count for more. The small number is for groups of
@@ -524,12 +522,12 @@ def grpo_update(policy, optimizer, episodes, advantage, settings, rng):
         # Column t is about token t + 1, because the first token has nothing before it.
         mask = written[rows, 1:]  # [M, T-1]
         # The policy has moved since it sampled these tokens. The ratio, new probability by old,
-        # corrects for that. In the first minibatch it is 1.
+        # corrects for that. In the first minibatch it is 1, and its gradient is that of log p.
         ratio = (log_probs - old_log_probs[rows, 1:]).exp()  # [M, T-1]
         # The reward comes at the end, so all tokens of a rollout share one advantage.
         gain = advantage[rows, None]  # [M, 1]
-        # A token that has moved far enough the right way is pushed no further. The minimum makes
-        # sure that a token that has moved the wrong way still is.
+        # A token that has moved far enough the right way is pushed no further. Because of the
+        # minimum, one that has moved the wrong way is still pushed back.
         clipped = ratio.clamp(1 - settings.clip, 1 + settings.clip)  # [M, T-1]
         objective = torch.min(ratio * gain, clipped * gain)  # [M, T-1]
         # What the policy did not write, it is not to blame for: prompts, results, padding.
@@ -543,7 +541,7 @@ def rl_step(policy, optimizer, chat, reward, settings, seed, step):
 
     Once the policy breaks every call, groups of no-call tasks earn 1 1 1 1 1 1 1 1 and groups of
     tool tasks 0 0 0 0 0 0 0 0. Equal rewards mean advantages of 0 and a gradient of 0, so RL has no
-    way back. No reward has depended on a choice of names, which is the skill, or on format B.
+    way back. Few rewards depended on the choice of names, which is the skill, and none on format B.
     """
     rng = rng_for(seed, "tasks", step)
     episodes = []
@@ -568,10 +566,10 @@ def rl_step(policy, optimizer, chat, reward, settings, seed, step):
 def sft_update(policy, optimizer, episodes):
     """Push up, token by token, what is written in M episodes that somebody else wrote.
 
-    The loss is GRPO's with advantages of 1 and log p for the ratio, but RL chose its own tokens.
-    Take the logit of a right token of probability p. SFT pushes it up by 1 - p. RL has to sample
-    the token first; on average it pushes by p (1 - p) d, where d is the mean advantage with the
-    token less that without it, and d is 0 once all rewards are equal:
+    The loss is GRPO's with advantages of 1 and log p for the ratio. The difference is who chose the
+    tokens. Take the logit of a right token of probability p. SFT pushes it up by 1 - p. RL has to
+    sample the token first, and pushes on average by p (1 - p) d, where d is the mean advantage of
+    rollouts with the token minus that of rollouts without. Where all rewards are equal, d is 0.
 
         p        SFT pushes     RL pushes
         0.5      0.5            0.25 d
@@ -587,8 +585,8 @@ def sft_update(policy, optimizer, episodes):
 def sft_phase(policy, optimizer, chat, settings, seed, step):
     """SFT updates on gold conversations of training tasks, a quarter of them without a call.
 
-    Once the policy asks back, a broken call is no better than its group. But SFT shows format A
-    only, and the policy learns to write format A even where format B is asked for: the price.
+    Asking back earns 1, too. Once the policy does it, a broken call is no better than its group.
+    SFT shows format A only, so the policy learns to write it where B is asked for, too: the price.
     """
     rng = rng_for(seed, "gold", step)
     for _ in range(settings.sft_steps):
@@ -665,16 +663,15 @@ def place_of(episode, t):
             return place
     if before == OPEN["A"]:
         return "json"
-    return None if episode.written[t - 1] else "reply"
+    return None if episode.written[t - 1] else "reply"  # it begins a message that is no call
 
 
 @torch.no_grad()
 def teacher_forced(policy, episodes):
     """Feed gold conversations, whatever the policy would have written, and look what it predicts.
 
-    -> skill: its success if it only had to write the names of tools and people, and the harness
-    wrote all else. It is the probability to sample every name right, a mean over conversations.
-    -> p[place][control token]: the probability of that token there, a mean over all such places.
+    skill is its success if it had only the names of tools and people to write: the probability to
+    sample all of them right. p[place][control token] is the token's mean probability there.
     """
     skills = []
     found = {place: [] for place in PLACES}
@@ -776,22 +773,22 @@ HEADER = """\
 step success skill  call     _b   ask _reward groups gradient  where it is not due"""
 CLAIMS = {
     "collapse": "rl ends with three evaluations in a row at success of 0.02 or less",
-    "control_token": "when rl is first down, the control token that rose most has spiked",
+    "control_token": "when rl is first down, the control token that rose most has spiked (*)",
     "intact": "rl then has 0.8 or more of the base's skill",
     "fix": "interleaved ends with success of 0.9 or more",
-    "price": "its format_b ends below 0.8 of the base's, and of what rl had when first down",
+    "price": "interleaved ends with format_b below 0.8 of the base's, and of rl's when first down",
     "cause": "no control token ever spikes in rl-strict",
 }
 Shift = namedtuple("Shift", "rise p token place spiked")
 
 
 def control_token_shifts(evaluation, base_eval):
-    """Each control token at each place where it is not due, the largest rise first."""
+    """Each control token at each place where it is not due, by rise. Spiked: rare, now common."""
     shifts = []
     for place, due in PLACES.items():
         for token, p in evaluation["p"][place].items():
             base_p = base_eval["p"][place][token]
-            spiked = p >= 0.4 and p >= 5 * base_p  # it was rare, and is common now
+            spiked = p >= 0.4 and p >= 5 * base_p
             if token != due:
                 shifts.append(Shift(p - base_p, p, token, place, spiked))
     return sorted(shifts, reverse=True)
@@ -924,7 +921,6 @@ def main(argv=None):
         torch.set_num_threads(1)  # a second thread gains a tiny model little
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"toolrl with {versions}\n{settings}")
-    # The file does not hold its own name, so that equal runs leave equal files.
     record({"event": "config", **vars(settings), "out": "", "versions": versions}, out)
     try:
         verdicts = run(settings, chat, pretrained, out)
