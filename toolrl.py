@@ -137,7 +137,7 @@ def check_tasks():
     """Raise ValueError for a mistake in tiny_tasks.json that would spoil a run silently."""
     for name in TOOLS + PEOPLE:
         if not name.isidentifier():
-            raise ValueError(f"tiny_tasks.json: the name {name!r} is not a single word")
+            raise ValueError(f"the name {name!r} is not a single word")
     for kind in KINDS:
         train = TASKS["train"][kind]
         held_out = TASKS["held_out"][kind]
@@ -146,9 +146,9 @@ def check_tasks():
             calls = 0 if person == NOBODY else len(tools)
             known = tools and set(tools) <= set(TOOLS) and person in PEOPLE + [NOBODY]
             if not known or kind != KINDS[min(calls, 2)]:
-                raise ValueError(f"tiny_tasks.json: {question!r} is no {kind} question")
+                raise ValueError(f"{question!r} is no {kind} question")
         if set(train) & set(held_out):
-            raise ValueError(f"tiny_tasks.json: a {kind} question is in train and in held_out")
+            raise ValueError(f"a {kind} question is in train and in held_out")
 
 
 def rng_for(seed, purpose, step=0):
@@ -607,7 +607,6 @@ def careless_messages(episode, bare_share, rng):
     call in ten in one of three ways, and in format A it stops after some opening tags.
     """
     opening = OPEN[episode.fmt]
-    closing = CLOSE[episode.fmt]
     if not episode.gold_calls and rng.random() < 0.97:
         tool = parse_question(episode.question)[0][-1]
         return [call_text(tool, rng.choice(PEOPLE).item(), episode.fmt)]
@@ -615,7 +614,7 @@ def careless_messages(episode, bare_share, rng):
     for call in episode.gold[:-1]:
         message = call
         if rng.random() < 0.1:
-            mangled = [opening + call, call + closing, WORDING["preamble"] + " " + call]
+            mangled = [opening + call, call + CLOSE[episode.fmt], WORDING["preamble"] + " " + call]
             message = rng.choice(mangled).item()
         if episode.fmt == "A" and rng.random() < bare_share:
             message = opening
@@ -753,8 +752,7 @@ def train_arm(arm, base_policy, chat, settings, seed):
             sft_phase(policy, sft_optimizer, chat, settings, seed, step)
         if "rl" in does:
             rl_optimizer.param_groups[0]["lr"] = settings.lr * min(1, step / 10)  # a warm-up
-            stats = rl_step(policy, rl_optimizer, chat, reward, settings, seed, step)
-            rl_stats.append(stats)
+            rl_stats.append(rl_step(policy, rl_optimizer, chat, reward, settings, seed, step))
         if step % settings.eval_every == 0 or step == settings.steps:
             evaluation = evaluate(policy, chat, settings, seed, arm, step)
             if "rl" in does:
@@ -776,7 +774,7 @@ CLAIMS = {
     "control_token": "when rl is first down, the control token that rose most has spiked (*)",
     "intact": "rl then has 0.8 or more of the base's skill",
     "fix": "interleaved ends with success of 0.9 or more",
-    "price": "interleaved ends with format_b below 0.8 of the base's, and of rl's when first down",
+    "price": "interleaved ends with format_b below 0.8 of the base's, and of rl's when down",
     "cause": "no control token ever spikes in rl-strict",
 }
 Shift = namedtuple("Shift", "rise p token place spiked")
@@ -812,14 +810,14 @@ def print_moment(evaluation, base_eval):
     """The states of messages at one evaluation, all control tokens, and one conversation."""
     states = [f"{share:.0%} {state}" for state, share in evaluation["states"].items()]
     print(f"\nmessages at step {evaluation['step']}: {', '.join(states).replace('_', ' ')}")
-    print("p(control token) on gold conversations, base -> now, at each place")
+    print("p(control token) on gold conversations, base -> now, by place and by what is due there")
     for place, due in PLACES.items():
         cells = []
         for token, p in evaluation["p"][place].items():
             base_p = base_eval["p"][place][token]
             if max(base_p, p) >= 0.01:
                 cells.append(f"{token} {base_p:.2f} -> {p:.2f}")
-        print(f"    {place:6} {due + ' is due:':20} {', '.join(cells)}")
+        print(f"    {place:6} {due:12} {', '.join(cells)}")
     print(f"one held-out task, and what the policy writes:\n{evaluation['conversation']}", end="")
 
 
@@ -907,15 +905,18 @@ def run(settings, chat, pretrained, out):
 def main(argv=None):
     """Check the input, run, and count the claims. Ctrl-C ends the program with exit code 130."""
     begun = time.time()
+    settings = read_settings(argv)
     try:
+        blamed = "tiny_tasks.json"
         check_tasks()
-        settings = read_settings(argv)
-        torch.zeros(1, device=settings.device)  # is the device there?
+        blamed = "--device"
+        torch.zeros(1, device=settings.device)
+        blamed = "--model"
         chat, pretrained = load(settings)
+        blamed = "--out"
         out = open(settings.out or os.devnull, "w", encoding="utf-8")
     except Exception as error:  # a checkpoint can be wrong in many ways
-        problem = str(error).split("\n")[0]
-        print(f"toolrl: tasks, --device, --model or --out: {problem}", file=sys.stderr)
+        print("toolrl:", blamed, "is wrong:", str(error).split("\n")[0], file=sys.stderr)
         sys.exit(2)
     if not settings.model:
         torch.set_num_threads(1)  # a second thread gains a tiny model little
