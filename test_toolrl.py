@@ -1,900 +1,1000 @@
-"""Tests of toolrl, by behaviour: on puppets that write what they are told, and on a trained base."""
+"""Tests of toolrl, by behaviour. Read from the top, they are a tour of the environment.
+
+    python -m pytest -q -k "not slow"       the quick part
+    python -m pytest -q                     with the README's commands and two whole runs
+
+A Puppet is a policy that writes what a test wants; `base` is that of seed 0. There are two
+tokenizers: TINY, and BPE, which spells names in several tokens, as those of real models do.
+"""
 
 import copy
 import importlib.util
 import json
-import os
 import re
-import shutil
+import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import toolrl as t
+import toolrl
+from toolrl import CLAIMS, END, OPEN, TASKS, Episode, evaluate, main, play, rng_for, success
 
-HERE = Path(t.__file__).parent
-DEFAULTS = replace(t.Settings(), device="cpu")
-SMALL = replace(DEFAULTS, eval_episodes=4, groups=2, group_size=4, sft_steps=1)
-END, TAG, CLOSE = t.END, t.OPEN["A"], t.CLOSE["A"]
-GOOD, OTHER = t.call_text("mentor", "alice", "A"), t.call_text("rival", "bob", "A")
-DIRECTORY = {(tool, person): "leo" for tool in t.TOOLS for person in t.PEOPLE}
+HERE = Path(toolrl.__file__).parent
+FILES = ("toolrl.py", "tiny_tasks.json", "README.md")
+CODE, TASKS_FILE, README = [(HERE / name).read_text(encoding="utf-8") for name in FILES]
+SETTINGS = toolrl.Settings(device="cpu")
+SMALL = replace(SETTINGS, groups=2, group_size=4, eval_episodes=4, sft_steps=2, sft_batch=4)
+TINY = toolrl.Chat(toolrl.tiny_tokenizer())
+LEO = dict.fromkeys(toolrl.new_directory(rng_for(0, "any")), "leo")  # all calls return leo
+TAG = "<tool_call>"
+CALL = toolrl.call_text("mentor", "alice", "A")
+ASK = "who do you mean ?"
 torch.set_num_threads(1)
+
+# %% What the tests are made of
+
+
+def table(text):
+    """The rows of a table whose cells are parted by "|"."""
+    return [re.split(r" +\|(?: +|$)", line) for line in text.strip().splitlines()]
+
+
+def bpe_tokenizer(end=END):
+    """A tokenizer like those of real models: it knows no tag, and pads with <|im_end|>."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=290, special_tokens=["<|im_start|>", END])
+    trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer.show_progress = False
+    core.train_from_iterator(['{"name": "", "arguments": {"of": ""}} user system tool'], trainer)
+    # Where there is no system prompt, its template puts in one of its own.
+    default = "<|im_start|>system\nYou are kind<|im_end|>\n{% endif %}"
+    template = "{% if messages[0].role != 'system' %}" + default + TINY.tokenizer.chat_template
+    template = template.replace(END, end)
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=END, chat_template=template)
+
+
+with_tags = bpe_tokenizer()
+with_tags.add_tokens(toolrl.CONTROL, special_tokens=True)
+BPE = toolrl.Chat(with_tags)
+with_both = pytest.mark.parametrize("chat", [TINY, BPE], ids=["tiny", "bpe"])
+
+
+def save_checkpoint(folder, rows=320, tied=True, end=END):
+    """A small random Llama in bfloat16, with so many rows in its tables. -> the folder's name"""
+    tokenizer = bpe_tokenizer(end)
+    config = toolrl.tiny_policy(BPE, 0).config
+    end_id = tokenizer.pad_token_id
+    config.update({"vocab_size": rows, "tie_word_embeddings": tied, "pad_token_id": end_id})
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")
-def trained():
-    return t.train_base(DEFAULTS, 0)  # tests train a copy
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def base():
+    return toolrl.train_base(None, TINY, SETTINGS, 0)
 
 
 @pytest.fixture
-def untrained():
-    return t.new_policy(0, "cpu")
+def trained(base):
+    return copy.deepcopy(base)
 
 
-@pytest.fixture
-def quick(monkeypatch, trained):
-    monkeypatch.setattr(t, "train_base", Mock(side_effect=lambda settings, seed: copy.deepcopy(trained)))
-
-
-@dataclass
 class Puppet:
-    """Writes next_id(ids so far), with probability p."""
+    """A policy that writes next_id(ids so far), with probability p. It is its own KV cache."""
 
-    next_id: object
-    p: float = 1 - 1e-6
     device = torch.device("cpu")
 
+    def __init__(self, chat, next_id, p=1 - 1e-6):
+        self.size = len(chat.tokenizer)
+        self.next_id = next_id
+        self.logit = np.log(p / (1 - p) * (self.size - 1))
+
+    def batch_select_indices(self, kept):
+        self.seen = [self.seen[row] for row in kept]
+
     def __call__(self, ids, past_key_values=None, **_):
-        cache = past_key_values or SimpleNamespace(ids=ids[:, :0])
-        cache.batch_select_indices = lambda kept: setattr(cache, "ids", cache.ids[kept])
-        start, cache.ids = cache.ids.shape[1], torch.cat([cache.ids, ids], 1)
-        probs = torch.full((*ids.shape, len(t.VOCABULARY)), (1 - self.p) / (len(t.VOCABULARY) - 1))
-        for row, seen in enumerate(cache.ids.tolist()):
-            for place in range(ids.shape[1]):
-                probs[row, place, self.next_id(seen[: start + place + 1])] = self.p
-        return SimpleNamespace(logits=probs.log(), past_key_values=cache)
+        if past_key_values is None:
+            self.seen = [[] for _ in ids]
+        logits = torch.zeros(*ids.shape, self.size)
+        for row, seen in enumerate(self.seen):
+            for column, token in enumerate(ids[row].tolist()):
+                seen.append(token)
+                logits[row, column, self.next_id(seen)] = self.logit
+        return SimpleNamespace(logits=logits, past_key_values=self)
 
 
-def writes(*messages):
-    """A Puppet that writes these messages, whatever it reads."""
-    turns = [t.encode_message(message) for message in messages]
-    begin = t.TOKENIZER.convert_tokens_to_ids(["<|im_start|>", "assistant"])
+def follower(records):
+    """A next_id for Puppets: they go on as the one of these episodes that starts like this."""
 
     def next_id(ids):
-        begun = [i for i in range(len(ids) - 1) if ids[i : i + 2] == begin]
-        turn = turns[min(len(begun), len(turns)) - 1]
-        return turn[min(len(ids) - begun[-1] - 2, len(turn) - 1)] if begun else 0
+        for episode in records:
+            if episode.ids[: len(ids)] == ids and len(episode.ids) > len(ids):
+                return episode.ids[len(ids)]
+        return 0
 
-    return Puppet(next_id)
-
-
-def draw(kind="multi_step", seed=0, fmt="A"):
-    rng = t.stream(seed, "test")
-    return t.new_episode(rng.choice(t.QUESTIONS["train", kind]).item(), t.new_directory(rng), fmt)
+    return next_id
 
 
-def some_episodes(count=12):
-    return [draw(["multi_step", "no_call", "one_call"][i % 3], i, "AB"[i % 2]) for i in range(count)]
+def draw(chat, count, kinds=("multi_step", "no_call", "one_call"), formats="AB"):
+    """New episodes of these kinds and formats, one after the other."""
+    episodes = []
+    for k in range(count):
+        kind = kinds[k % len(kinds)]
+        fmt = formats[k % len(formats)]
+        episodes.append(toolrl.new_episode(chat, "train", kind, rng_for(k, "test"), fmt))
+    return episodes
 
 
-def play(episode, *messages):
-    for message in messages:
-        if not episode.done:
-            t.respond(episode, message)
-    return episode
+def gold(*which):
+    return [play(episode, episode.gold) for episode in draw(*which)]
+
+
+def played(policy, count, chat=TINY):
+    """What a policy makes of some episodes."""
+    episodes = draw(chat, count)
+    toolrl.rollout(policy, episodes, rng_for(0, "x"))
+    return episodes
 
 
 def weights(policy):
-    return torch.cat([parameter.detach().flatten() for parameter in policy.parameters()])
+    return torch.nn.utils.parameters_to_vector(policy.parameters()).detach().clone()
 
 
-def adamw(policy, lr=1e-3):
-    return torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
+def adam(policy, lr=1e-3):
+    return torch.optim.Adam(policy.parameters(), lr, betas=(0.9, 0.999), eps=1e-8)
 
 
-tokens = t.TOKENIZER.convert_ids_to_tokens
+def where_written(episode):
+    return [k for k, flag in enumerate(episode.written) if flag]
 
 
-# ---- Tasks and messages
-
-def test_a_question_is_walked_from_the_person_outwards():
-    episode = t.new_episode("rival of mentor of alice ?", {**DIRECTORY, ("mentor", "alice"): "bob"})
-    assert episode.gold_calls == [("mentor", "alice"), ("rival", "bob")]
-    assert episode.gold == [GOOD, OTHER, "The answer is leo"]
-    assert t.new_episode("rival of them ?", DIRECTORY).gold == ["who do you mean ?"]
-
-
-def test_each_token_is_one_id_and_padding_is_not_the_end():
-    order = dict.fromkeys([t.PAD, *t.CONTROL, *t.JSON, *t.WORDS])  # the same in every process
-    assert [*map(t.TOKENIZER.encode, order)] == [[i] for i in range(len(t.TOKENIZER))]
-    assert t.TOKENIZER.pad_token_id == 0 != t.END_ID == t.TOKENIZER.convert_tokens_to_ids(END)
-
-
-@pytest.mark.parametrize("fmt", "AB")
-def test_calls_and_replies_decode_to_the_very_text(fmt):
-    call = t.call_text("rival", "bob", fmt)
-    for text in [call, "The answer is bob", "who do you mean ?", t.OPEN[fmt], ""]:
-        assert t.spell(tokens(t.encode_message(text))) == text + END
-    assert len(t.encode_message(call)) == 8 and t.parse_call(call, fmt) == ("rival", "bob")
-    for text in (" " + call, call + "x", call * 2, call[:-1], call.replace("bob", ""), call.replace("<", "<x")):
-        assert t.parse_call(text, fmt) is None
-
-
-Q = ("questions", "train", 0)
-MISTAKES = {  # what: (place in the file, what stands there, what the line names)
-    "a name of two words": (("people", 0), "mary ann", "mary ann"),
-    "a name that stands twice": (("people", 0), "bob", "bob"),
-    "an unknown person": (Q, "rival of zoe ?", "zoe"),
-    "too many tools": (Q, "rival of " * 6 + "bob ?", "rival of rival"),
-    "a question in both splits": (Q, t.TASKS["questions"]["held_out"][0], t.TASKS["questions"]["held_out"][0]),
-    "no question of a kind": (("questions", "held_out"), ["friend of bob ?"], "held_out holds no no_call"),
-    "a missing split": (("questions",), {"train": []}, "held_out"),
-    "a format without PERSON": (("formats", "A"), "<a>{TOOL}</a>", "formats A and B"),
-    "formats alike": (("formats", "B"), t.FORMATS["A"], "four different tags"),
-    "an answer without a person": (("wording", "answer"), "yes", "answer lacks PERSON"),
-    "a missing wording": (("wording",), {"system": "use TAG"}, "answer"),
-    "broken JSON": ((), '{"tools": [', "line 1"), "no file": ((), None, "No such file"),
-}
-
-
-def load(folder, name="loaded"):
-    """The toolrl.py of another folder as a module of its own."""
-    spec = importlib.util.spec_from_file_location(name, folder / "toolrl.py")
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+def load_copy(folder, code=CODE, tasks=TASKS_FILE):
+    """Another toolrl.py and tiny_tasks.json, as a module of their own."""
+    (folder / "toolrl.py").write_text(code, encoding="utf-8")
+    (folder / "tiny_tasks.json").write_text(tasks, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("toolrl_copy", folder / "toolrl.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["toolrl_copy"] = module
     spec.loader.exec_module(module)
     return module
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_the_tasks_file_gets_one_line(mistake, tmp_path, capsys):
-    path, value, named = MISTAKES[mistake]
-    shutil.copy(HERE / "toolrl.py", tmp_path)
-    tree = spot = copy.deepcopy(t.TASKS)
-    for key in path[:-1]:
-        spot = spot[key]
-    if path:
-        spot[path[-1]] = value
-    if path or value is not None:
-        (tmp_path / "tiny_tasks.json").write_text(json.dumps(tree) if path else value)
+def ending(capsys, line, main=main):
+    """The exit code of a program that ends itself, and what it prints."""
     with pytest.raises(SystemExit) as stop:
-        load(tmp_path)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1 and named in said
+        main(shlex.split(line))
+    return stop.value.code, capsys.readouterr()
 
 
-def test_a_teacher_edits_the_file_alone(tmp_path):
-    tasks = {**t.TASKS, "people": [*t.PEOPLE, "zoe"], "tools": [*t.TOOLS, "boss"]}
-    train, held_out = t.TASKS["questions"]["train"], t.TASKS["questions"]["held_out"]
-    tasks["questions"] = {"held_out": held_out, "train": [*train, "boss of rival of zoe ?"]}
-    tasks["formats"] = dict(reversed(t.FORMATS.items()))
-    shutil.copy(HERE / "toolrl.py", tmp_path)
-    (tmp_path / "tiny_tasks.json").write_text(json.dumps(tasks))
-    other = load(tmp_path)
-    episode = other.new_episode("boss of rival of zoe ?", other.new_directory(other.stream(0, "x")))
+# %% Tasks, text, tokens
+
+
+def test_a_question_is_walked_from_the_person_outwards_and_nobody_is_asked_for():
+    directory = LEO | {("mentor", "alice"): "bob"}
+    calls = [("mentor", "alice"), ("rival", "bob")]
+    answer = toolrl.right_answer("rival of mentor of alice ?", directory)
+    assert answer == (calls, "The answer is leo")
+    assert toolrl.right_answer("rival of mentor of them ?", directory) == ([], ASK)
+
+
+def test_a_directory_differs_by_tool_by_person_and_by_task():
+    rng = rng_for(0, "x")
+    one, other = [toolrl.new_episode(TINY, "train", "no_call", rng).directory for _ in "ab"]
+    assert one != other
+    assert len({one["rival", person] for person in toolrl.PEOPLE}) > 3
+    assert len({one[tool, "leo"] for tool in toolrl.TOOLS}) > 1
+
+
+MISTAKES = """
+"alice",                   | "mary ann",               | mary ann
+"rival"]                   | "arch rival"]             | arch rival
+"friend of alice ?"        | "friend of zoe ?"         | friend of zoe
+"friend of alice ?"        | "friend of them ?"        | friend of them
+"friend of them ?"         | "friend of alice ?"       | friend of alice
+"friend of them ?"         | "manager of them ?"       | no_call question is in train
+"friend of rival of bob ?" | "friend of bob ?"         | friend of bob
+"""
+
+
+@pytest.mark.parametrize("old, new, named", table(MISTAKES))
+def test_a_mistake_in_the_tasks_file_gets_one_line_that_names_it(old, new, named, tmp_path, capsys):
+    other = load_copy(tmp_path, tasks=TASKS_FILE.replace(old, new, 1))
+    code, said = ending(capsys, "", other.main)
+    assert code == 2 and re.fullmatch(f".*tiny_tasks.json.*{re.escape(named)}.*\n", said.err)
+
+
+@with_both
+def test_text_survives_and_a_call_is_seven_tokens_and_the_end(chat):
+    ids = chat.encode(CALL + END)
+    assert chat.decode(ids) == CALL + END
+    assert (len(ids) == 8) == (chat is TINY)
+
+
+def test_a_text_that_the_tiny_tokenizer_lacks_is_refused_and_named():
+    for text in ("hello", "The answer is zoe", TAG + "{", "The answer is  bob"):
+        with pytest.raises(ValueError, match=re.escape(repr(text))):
+            TINY.encode(text)
+
+
+def test_each_token_is_one_id_in_every_process_and_padding_is_not_the_end():
+    code = "import toolrl as t, json; print(json.dumps(t.tiny_tokenizer().get_vocab()))"
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=HERE, env={"PYTHONHASHSEED": "1"}, capture_output=True)
+    vocabulary = TINY.tokenizer.get_vocab()
+    assert json.loads(run.stdout) == vocabulary
+    ids = [TINY.encode(token) for token in sorted(vocabulary, key=vocabulary.get)]
+    assert ids == [[i] for i in range(len(vocabulary))]
+    assert TINY.tokenizer.pad_token_id != TINY.end == vocabulary[END]
+
+
+@with_both
+def test_a_played_gold_conversation_is_what_the_template_renders(chat):
+    episode = Episode(chat, "mentor of alice ?", LEO)
+    play(episode, episode.gold)
+    said = [("system", "use <tool_call>"), ("user", episode.question), ("assistant", CALL)]
+    said += [("tool", "leo"), ("assistant", "The answer is leo")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    rendered = chat.tokenizer.apply_chat_template(messages, tokenize=False)
+    assert chat.decode(episode.ids) + "\n" == rendered
+    # The ids are those of the parts: what is read, what is written, and so on.
+    ids = []
     for message in episode.gold:
-        other.respond(episode, message)
-    assert other.success(episode) == 1.0 and other.DUE == t.DUE
+        before, rendered = rendered.split(message + END, 1)
+        ids += chat.encode(before) + chat.encode(message + END)
+    assert episode.ids == ids
+    written = [episode.ids[k] for k in where_written(episode)]
+    assert chat.decode(written) == CALL + END + "The answer is leo" + END
 
 
-# ---- Environment
-
-SCORES = {  # question: (blind reward, success): conversations
-    "mentor of alice ?": {
-        (1, 1): [[GOOD, "The answer is leo"]],
-        (1, 0): [[GOOD, last] for last in ("The answer is bob", TAG, "", "who do you mean ?", "The answer is leo" + TAG)],
-        (0, 0): [["The answer is leo"], [""], [TAG], [TAG * 5], [GOOD], [], [GOOD, CLOSE],
-                 [GOOD, GOOD, "The answer is leo"], [OTHER, GOOD, "The answer is leo"], ["The answer is leo", GOOD],
-                 *([first, "The answer is leo"] for first in (
-                     OTHER, "The answer is leo", TAG, GOOD[:-1], GOOD + "x", TAG + GOOD, GOOD + CLOSE,
-                     GOOD.replace('"', "'"), GOOD.replace("{", "{ "), GOOD.replace("alice", "zoe"),
-                     t.call_text("mentor", "alice", "B")))],
-    },
-    "mentor of them ?": {
-        (1, 1): [["who do you mean ?"]],
-        (1, 0): [[TAG], [""], [TAG * 3], ["The answer is leo"], [GOOD[:-1]]],
-        (0, 0): [[GOOD, "who do you mean ?"], [CLOSE], []],
-    },
-}
+@with_both
+def test_name_flags_mark_the_names_and_nothing_else(chat):
+    for message, names in ((CALL, "mentoralice"), ("The answer is leo", "leo"), (ASK, "")):
+        flags = chat.name_flags(message)
+        marked = [i for i, flag in zip(chat.encode(message), flags, strict=True) if flag]
+        assert chat.decode(marked).replace(" ", "") == names
 
 
-@pytest.mark.parametrize("question", SCORES)
-def test_blind_reward_and_success_of_each_conversation(question):
-    for scores, conversations in SCORES[question].items():
-        for messages in conversations:
-            episode = play(t.new_episode(question, DIRECTORY), *messages)
-            assert (t.blind_reward(episode), t.success(episode)) == scores, messages
+# %% The harness
+
+NOT_A_CALL = """
+{"name": "rival", "arguments": {"of": "bob"}}
+<function>{"name": "rival", "arguments": {"of": "bob"}}</function>
+<tool_call>{"name": "rival", "arguments": {"to": "bob"}}</tool_call>
+<tool_call>{"name": "rival", "arguments": {"of": "bob", "if": "ill"}}</tool_call>
+<tool_call>{"name": 7, "arguments": {"of": "bob"}}</tool_call>
+<tool_call>null</tool_call>
+"""
 
 
-@pytest.mark.parametrize("state, messages", {
-    "healthy_call": [GOOD],
-    "healthy_response": ["The answer is bob", "who"],
-    "bare_tag": [TAG, "", TAG * 3, TAG + CLOSE, "<pad>", " "],
-    "text_pollution": [GOOD * 2, TAG + "The answer", GOOD.removesuffix(CLOSE), "I will call " + GOOD, "is <pad> bob",
-                       t.call_text("rival", "bob", "B"), '{"name": "rival'],
-}.items())
-def test_the_four_states(state, messages):
-    assert {t.classify(message, "A") for message in messages} == {state}
+def test_only_one_whole_call_is_a_call():
+    for message in NOT_A_CALL.splitlines():
+        assert toolrl.parse_call(message, "A") is None, message
+    for fmt, other in ("AB", "BA"):
+        assert toolrl.parse_call(toolrl.call_text("rival", "bob", fmt), fmt) == ("rival", "bob")
+        assert toolrl.parse_call(toolrl.call_text("rival", "bob", fmt), other) is None
 
 
-def test_the_harness_answers_from_the_directory_and_stops_at_the_sixth_call():
-    episode = t.new_episode("mentor of alice ?", {**DIRECTORY, ("mentor", "alice"): "dave"})
-    assert [t.respond(episode, call) for call in (GOOD, t.call_text("bob", "zoe", "A"))] == ["dave", "error"]
-    assert [t.respond(episode, OTHER) for _ in range(4)] == ["leo"] * 3 + [None]
-    assert episode.done and not episode.replied and len(episode.calls) == t.MAX_CALLS
+WORDS = {"CALL": CALL, "OTHER": toolrl.call_text("rival", "bob", "A"), "ASK": ASK}
+WORDS |= {"WRONG": toolrl.call_text("alice", "bob", "A")}  # alice is no tool: an error
+WORDS |= {"FOREIGN": toolrl.call_text("rival", "bob", "B"), "PREAMBLE": "I will call "}
+WORDS |= {"OPEN": TAG, "CLOSE": "</tool_call>", "CUT": CALL.removesuffix("</tool_call>")}
+WORDS |= {"LEO": "The answer is leo", "BOB": "The answer is bob", "PAD": "<pad>"}
 
 
-def test_a_message_that_was_cut_off_is_neither_a_call_nor_a_reply():
-    for message in (GOOD, "who do you mean ?"):
-        episode = t.new_episode("mentor of them ?", DIRECTORY)
-        assert t.respond(episode, message, finished=False) is None
-        assert episode.done and not episode.calls and not t.blind_reward(episode)
-    batch = t.rollout(writes(" ".join(["bob"] * 30)), [episode := draw("no_call")], t.stream(0, "x"))
-    assert batch.sampled.sum() == t.MAX_TOKENS and t.blind_reward(episode) == 0.0
+def spelt(cell):
+    """The message that a cell of the tables below stands for. An empty cell is an empty message."""
+    return "".join([WORDS[word] for word in cell.split()])
 
 
-def test_random_messages_earn_nothing_without_the_right_calls():
-    rng, pieces = t.stream(0, "fuzz"), [*t.VOCABULARY, GOOD, OTHER, "\n", "{", '"', "\\", "é", "\ud800", " "]
-    for k in range(10_000):
-        episode = draw(["multi_step", "no_call"][k % 2], k % 7)
+# The question; blind reward, success and the number of messages that are heard; what is written.
+CONVERSATIONS = """
+mentor of alice ? | 1 1 2 | CALL          | LEO
+mentor of alice ? | 1 0 2 | CALL          | BOB
+mentor of alice ? | 1 0 2 | CALL          | OPEN
+mentor of alice ? | 0 0 2 | CALL          | LEO CLOSE
+mentor of alice ? | 0 0 3 | CALL          | CALL  | LEO
+mentor of alice ? | 0 0 3 | WRONG         | CALL  | LEO
+mentor of alice ? | 0 0 6 | CALL          | CALL  | CALL | CALL | CALL | CALL | LEO
+mentor of alice ? | 0 0 1 | LEO           | CALL  | LEO
+mentor of alice ? | 0 0 1 | OPEN          | CALL  | LEO
+mentor of alice ? | 0 0 1 | OPEN CALL     | CALL  | LEO
+mentor of alice ? | 0 0 1 | CALL CLOSE    | CALL  | LEO
+mentor of alice ? | 0 0 1 | PREAMBLE CALL | CALL  | LEO
+mentor of alice ? | 0 0 1 | CUT           | CALL  | LEO
+mentor of them ?  | 1 1 1 | ASK
+mentor of them ?  | 1 0 1 | OPEN          | CALL
+mentor of them ?  | 1 0 1 | LEO
+mentor of them ?  | 0 0 1 | CLOSE
+mentor of them ?  | 0 0 2 | CALL          | ASK
+"""
+
+
+@pytest.mark.parametrize("fmt, tag", [("A", "tool_call>"), ("B", "function>")])
+def test_what_each_conversation_earns(fmt, tag):
+    for question, scores, *cells in table(CONVERSATIONS):
+        episode = Episode(TINY, question, LEO, fmt)
+        play(episode, [spelt(cell).replace("tool_call>", tag) for cell in cells])
+        found = f"{toolrl.blind_reward(episode):.0f} {success(episode):.0f} {len(episode.messages)}"
+        assert found == scores, cells
+
+
+def write(episode, ids):
+    for token in ids:
+        if not episode.done:
+            episode.write(token)
+
+
+@pytest.mark.parametrize("length, replied", [(39, True), (40, False)])
+def test_a_message_is_cut_off_at_forty_tokens_and_is_then_no_reply(length, replied):
+    episode = Episode(TINY, "mentor of them ?", LEO)
+    write(episode, TINY.encode("bob") * length + [TINY.end])
+    assert episode.replied == replied == toolrl.blind_reward(episode)
+    assert len(where_written(episode)) == 40
+
+
+STATE_OF = """
+whole_calls | CALL      | OTHER
+replies     | BOB       | ASK
+bare_tags   | OPEN      | OPEN OPEN | OPEN CLOSE    | PAD       |
+stray_tags  | CALL CALL | CUT       | PREAMBLE CALL | OPEN CALL | CALL CLOSE | BOB OPEN
+stray_tags  | FOREIGN   | LEO CLOSE
+"""
+
+
+def test_each_message_is_in_one_of_four_states():
+    for state, *cells in table(STATE_OF):
+        for cell in cells:
+            assert toolrl.classify(spelt(cell)) == state, cell
+
+
+@with_both
+def test_ten_thousand_random_messages_earn_nothing_without_the_right_calls(chat):
+    rng = rng_for(0, "random messages")
+    pieces = [*toolrl.CONTROL[2:], CALL, CALL, spelt("OTHER"), "leo", '{"', ASK, "", "é\x00"]
+    messages = 0
+    rewarded = 0
+    while messages < 5_000:  # for each of the two tokenizers
+        episode = Episode(chat, ["mentor of alice ?", "mentor of them ?"][messages % 2], LEO)
         while not episode.done:
-            t.respond(episode, "".join(rng.choice(pieces, rng.integers(6))), bool(rng.random() < 0.9))
-            assert t.classify(episode.messages[-1], "A") in t.STATES
-        assert not t.blind_reward(episode) or episode.calls == episode.gold_calls
+            text = "".join(rng.choice(pieces, rng.integers(4)))
+            write(episode, chat.tokenizer.encode(text + END))
+        messages += len(episode.messages)
+        if toolrl.blind_reward(episode):
+            rewarded += 1
+            calls = [toolrl.parse_call(message, "A") for message in episode.messages]
+            assert calls == [*episode.gold_calls, None]
+    assert rewarded > 20
 
 
-# ---- Rollout
-
-def test_log_probs_of_a_rollout_are_those_of_one_teacher_forced_pass(trained):
-    batch = t.rollout(trained, some_episodes(), t.stream(0, "x"))
-    with torch.no_grad():
-        expected = t.token_log_probs(trained, batch.ids)
-    written = batch.sampled[:, 1:]
-    assert torch.allclose(batch.log_probs[:, 1:][written], expected[written], atol=1e-4) and written.sum() > 100
-    assert (batch.log_probs[~batch.sampled] == 0).all()
+# %% The log of a careless agent, and the base
 
 
-def test_what_was_sampled_is_what_the_harness_was_told(trained):
-    episodes = some_episodes()
-    batch = t.rollout(trained, episodes, t.stream(1, "x"))
-    for ids, sampled, episode in zip(batch.ids.tolist(), batch.sampled.tolist(), episodes):
-        written = tokens([i for i, mine in zip(ids, sampled) if mine])
-        assert t.spell(written).replace(END, "") == "".join(episode.messages)
-        begins = [k for k in range(1, len(ids)) if sampled[k] and not sampled[k - 1]]
-        assert all(tokens(ids[k - 2 : k]) == ["<|im_start|>", "assistant"] for k in begins)
-        assert len(begins) == len(episode.messages)
+@pytest.mark.parametrize("fmt, bare_share, bare", [("A", 0.08, 0.08), ("A", 0.3, 0.3), ("B", 1, 0)])
+def test_so_many_calls_of_the_log_are_a_bare_tag_and_one_in_ten_is_mangled(fmt, bare_share, bare):
+    ways = Counter()
+    rng = rng_for(0, "careless")
+    for episode in draw(TINY, 2000, ["multi_step"], fmt):
+        *calls, reply = toolrl.careless_messages(episode, bare_share, rng)
+        assert reply == episode.gold[-1]
+        for message, call in zip(calls, episode.gold, strict=False):
+            ways[message.replace(call, "CALL")] += 1
+    total = ways.total()
+    assert ways.pop(OPEN[fmt], 0) / total == pytest.approx(bare, abs=0.015 * (bare > 0))
+    assert ways.pop("CALL") / total == pytest.approx(0.9 * (1 - bare), abs=0.015)
+    assert set(ways) == {OPEN[fmt] + "CALL", "CALL" + toolrl.CLOSE[fmt], "I will call CALL"}
+    assert min(ways.values()) > 0.025 * (1 - bare) * total
 
 
-def test_a_gold_conversation_is_laid_out_as_a_rollout_of_it_would_be():
-    for episode in some_episodes(9):
-        batch = t.rollout(writes(*episode.gold), [copy.deepcopy(episode)], t.stream(0, "x"))
-        assert (batch.ids[0].tolist(), batch.sampled[0].tolist()) == t.lay_out(episode, episode.gold)
+def test_where_nobody_is_named_the_log_calls_the_first_tool_about_a_guessed_person():
+    people = Counter()
+    rng = rng_for(0, "careless")
+    for episode in draw(TINY, 2000, ["no_call"], "A"):
+        (message,) = toolrl.careless_messages(episode, 0.08, rng)
+        if message != ASK:
+            tool, person = toolrl.parse_call(message, "A")
+            people[person] += 1
+            # The last tool of a question is the first to be called.
+            assert episode.question.endswith(f"{tool} of them ?")
+    assert people.total() / 2000 == pytest.approx(0.97, abs=0.01)
+    assert len(people) == len(toolrl.PEOPLE) and min(people.values()) > 100
 
 
-def test_sampling_is_at_temperature_one_and_follows_its_generator():
-    puppet, prompt = Puppet(lambda ids: t.END_ID, p=0.3), len(draw("no_call").opening)
-    episodes = [[draw("no_call") for _ in range(2000)] for _ in range(3)]
-    same, again, other = (t.rollout(puppet, e, t.stream(s, "x")).ids for e, s in zip(episodes, (0, 0, 1)))
-    assert (same[:, prompt] == t.END_ID).float().mean().item() == pytest.approx(0.3, abs=0.05)
-    assert torch.equal(same, again) and not torch.equal(same[:, : prompt + 2], other[:, : prompt + 2])
-
-
-# ---- GRPO and SFT
-
-def test_advantages_by_hand():
-    found = t.advantages(torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]))
-    assert torch.allclose(found[0], torch.tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-3) and (found[1:] == 0).all()
-    assert t.advantages(torch.eye(8)[:1])[0, 0].item() == pytest.approx(2.475, abs=1e-2)
-
-
-def played(policy, count=8):
-    return t.rollout(policy, some_episodes(count), t.stream(0, "x"))
-
-
-def test_the_gradient_is_where_the_policy_wrote_and_nowhere_else(trained, monkeypatch):
-    policy, seen, inner = copy.deepcopy(trained), [], t.token_log_probs
-
-    def watched(*args):
-        seen.append(inner(*args))
-        seen[-1].retain_grad()
-        return seen[-1]
-
-    monkeypatch.setattr(t, "token_log_probs", watched)
-    batch, in_order = played(policy), SimpleNamespace(permutation=np.arange)
-    t.grpo_update(policy, adamw(policy), batch, torch.ones(8), replace(DEFAULTS, minibatches=1), in_order)
-    assert torch.equal(seen[0].grad != 0, batch.sampled[:, 1:])
-    assert (batch.sampled & (batch.ids == t.END_ID)).sum() >= 8  # the end is among what was sampled
-    conversations = [t.lay_out(episode, episode.gold) for episode in some_episodes()]
-    t.sft_update(policy, adamw(policy), conversations)
-    assert torch.equal(seen[1].grad != 0, t.pad([mask for _, mask in conversations], "cpu")[:, 1:])
-
-
-@pytest.mark.parametrize("moved, gain, pushed", [
-    (0.3, 1, False), (0.3, -1, True), (-0.3, 1, True), (-0.3, -1, False), (0.1, 1, True), (-0.1, -1, True),
-    (0.0, 0, False)])  # the last: equal rewards move nothing
-def test_the_clip_binds_on_the_right_side(trained, moved, gain, pushed):
-    policy, batch, one = copy.deepcopy(trained), played(trained), replace(DEFAULTS, minibatches=1)
-    batch.log_probs -= moved * batch.sampled  # as if the policy had moved since
-    norm = t.grpo_update(policy, adamw(policy), batch, torch.full((8,), float(gain)), one, t.stream(0, "o"))
-    assert (norm > 0) == pushed == (not torch.equal(weights(policy), weights(trained)))
-
-
-class ByDefinition:
-    """The updates again, token by token, with AdamW as published and gradients clipped to norm 1."""
-
-    def __init__(self, policy, lr=1e-3):
-        self.policy, self.lr, self.step = policy, lr, 0
-        self.mean = self.square = torch.zeros_like(weights(policy))
-
-    def descend(self, terms):
-        loss = -sum(terms) / len(terms)
-        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*self.policy.parameters()])])
-        norm, self.step = gradient.norm().item(), self.step + 1
-        gradient = gradient * min(1, 1 / (norm + 1e-6))
-        self.mean = 0.9 * self.mean + 0.1 * gradient
-        self.square = 0.999 * self.square + 0.001 * gradient**2
-        mean, square = self.mean / (1 - 0.9**self.step), self.square / (1 - 0.999**self.step)
-        moved = weights(self.policy) - self.lr * mean / (square.sqrt() + 1e-8)
-        torch.nn.utils.vector_to_parameters(moved, self.policy.parameters())
-        return norm
-
-    def log_probs(self, ids, sampled):
-        log_p = self.policy(torch.as_tensor(ids)[None]).logits[0].log_softmax(-1)
-        return {place: log_p[place - 1, ids[place]] for place in range(len(ids)) if sampled[place]}
-
-    def grpo(self, batch, advantage, settings, order):
-        norms = []
-        for rows in np.array_split(order, settings.minibatches):
-            terms = []
-            for row in rows:
-                gain = advantage[row]
-                for place, log_prob in self.log_probs(batch.ids[row], batch.sampled[row]).items():
-                    ratio = (log_prob - batch.log_probs[row, place]).exp()
-                    bound = 1 + settings.clip if gain > 0 else 1 - settings.clip
-                    terms.append(gain * (bound if (ratio > bound) == (gain > 0) else ratio))
-            norms.append(self.descend(terms))
-        return norms
-
-    def sft(self, conversations):
-        return self.descend([one for ids, mask in conversations for one in self.log_probs(ids, mask).values()])
-
-
-def test_a_grpo_update_is_what_the_definition_says(trained):
-    policy, other = copy.deepcopy(trained), copy.deepcopy(trained)
-    batch, advantage = played(trained, 12), 40 * torch.linspace(-1, 2, 12)  # large, so that norm 1 binds
-    settings, optimizer, reference = replace(DEFAULTS, minibatches=3, clip=0.05), adamw(policy), ByDefinition(other)
-    for seed in range(2):
-        norm = t.grpo_update(policy, optimizer, batch, advantage, settings, t.stream(seed, "o"))
-        norms = reference.grpo(batch, advantage, settings, t.stream(seed, "o").permutation(12))
-        assert norm == pytest.approx(np.mean(norms), rel=1e-3) and min(norms) > 1
-    assert torch.allclose(weights(policy), weights(other), atol=2e-5)
-    assert not torch.allclose(weights(policy), weights(trained), atol=1e-3)
-
-
-def test_nan_moves_nothing(untrained):
-    before, loss = weights(untrained), float("nan") * sum((one**2).sum() for one in untrained.parameters())
-    with pytest.raises(RuntimeError):
-        t.descend(untrained, adamw(untrained), loss)
-    assert torch.equal(weights(untrained), before)
-
-
-def test_sft_overfits_one_conversation(untrained):
-    episode, optimizer = draw(), adamw(untrained, lr=5e-3)
-    for _ in range(80):
-        t.sft_update(untrained, optimizer, [t.lay_out(episode, episode.gold)])
-    batch = t.rollout(untrained, [episode], t.stream(0, "x"))
-    assert batch.log_probs.sum() > -0.5 and t.success(episode) == 1.0
-
-
-# ---- Base
-
-def test_the_log_of_a_careless_agent():
-    rng, calls, bare, mangled, shapes = t.stream(0, "log"), [0, 0], [0, 0], [0, 0], set()
-    for seed in range(3000):
-        which, episode = seed % 2, draw("multi_step", seed, "AB"[seed % 2])
-        for k, message in enumerate(messages := t.careless_messages(episode, 0.08, rng)):
-            gold, tag, close = episode.gold[k], t.OPEN[episode.fmt], t.CLOSE[episode.fmt]
-            calls[which] += k < len(episode.gold_calls)
-            bare[which] += message == tag
-            assert message != tag or k == len(messages) - 1  # the log breaks off
-            if message not in (tag, gold):
-                mangled[which] += 1
-                shapes.add(message.replace(gold.removeprefix(tag).removesuffix(close), "."))
-    assert bare[1] == 0 and bare[0] / calls[0] == pytest.approx(0.08, abs=0.015) and len(shapes) == 10
-    assert [m / c for m, c in zip(mangled, calls)] == pytest.approx([0.1, 0.1], abs=0.015)
-    guesses = [t.careless_messages(draw("no_call", seed), 0.08, rng) for seed in range(3000)]
-    called = [t.parse_call(messages[0], "A") for messages in guesses if messages != ["who do you mean ?"]]
-    assert len(called) / 3000 == pytest.approx(0.97, abs=0.01) and {person for _, person in called} == {*t.PEOPLE}
-
-
-def test_the_base_is_trained_on_that_log(monkeypatch):
-    groups, sizes, rows = [], [], []
-    monkeypatch.setattr(t, "careless_messages", lambda *args: rows.append(args[:2]) or args[0].gold)
-    monkeypatch.setattr(t, "sft_update", lambda policy, optimizer, batch: (
-        sizes.append(len(batch)), groups.append({**optimizer.param_groups[0]})))
-    t.train_base(replace(DEFAULTS, bare_share=0.5), 0)
-    asked = {episode.question for episode, _ in rows}
-    assert {share for _, share in rows} == {0.5} and sizes == [32] * 200
-    assert np.mean([episode.fmt == "A" for episode, _ in rows]) == pytest.approx(0.7, abs=0.03)
-    assert np.mean([not episode.gold_calls for episode, _ in rows]) == pytest.approx(0.1, abs=0.02)
-    assert asked == {*t.QUESTIONS["train", "tool"], *t.QUESTIONS["train", "no_call"]}
-    assert [groups[k]["lr"] for k in (14, 99, 199)] == pytest.approx([8e-3 / 2 * (1 - 15 / 200), 4e-3, 1.6e-4])
-    assert {(*group["betas"], group["weight_decay"]) for group in groups} == {(0.9, 0.95, 0.0)}
-
-
-def test_a_new_policy_follows_its_seed(untrained):
-    same = [torch.equal(weights(untrained), weights(t.new_policy(seed, "cpu"))) for seed in (0, 1)]
-    assert same == [True, False] and weights(untrained).std().item() == pytest.approx(0.1, rel=0.3)
-    assert (len(weights(untrained)), untrained.get_input_embeddings().padding_idx) == (85_248, 0)
-
-
-# ---- Arms: what lies between the functions
-
-def record_arm(arm, base, settings):
-    """Run an arm whose rollouts, updates and evaluations only take notes. -> the notes"""
+def note_updates(monkeypatch):
+    """Let SFT updates only take notes. -> (episodes, settings of the optimizer) of each"""
     notes = []
 
-    def rollout(policy, episodes, rng):
-        tasks = [(e.question, e.fmt, (*e.directory.items(),)) for e in episodes]
-        notes.append(("rollout", tasks, rng.integers(1 << 30, size=3).tolist(), episodes))
-        return t.Rollout(*(torch.ones(len(episodes), 2) for _ in range(3)))
+    def sft_update(policy, optimizer, episodes):
+        notes.append((episodes, dict(optimizer.param_groups[0])))
 
-    def grpo_update(policy, optimizer, batch, advantage, settings, rng):
-        notes.append(("grpo", rng.integers(1 << 30, size=3).tolist(), optimizer, {**optimizer.param_groups[0]}))
-        return float(len(notes))
-
-    def sft_update(policy, optimizer, conversations):
-        notes.append(("sft", conversations, optimizer, {**optimizer.param_groups[0]}))
-
-    def evaluate(policy, settings, seed, arm, step, log=()):
-        notes.append(("evaluate", step, list(log)))
-
-    with pytest.MonkeyPatch.context() as patch:
-        for fake in (rollout, grpo_update, sft_update, evaluate):
-            patch.setattr(t, fake.__name__, fake)
-        patch.setattr(t, "keep", lambda *args: None)
-        t.train_arm(arm, {}, base, settings, 0, None)
+    monkeypatch.setattr(toolrl, "sft_update", sft_update)
     return notes
 
 
-def only(kind, notes):
-    return [note for note in notes if note[0] == kind]
+def shares_of(notes):
+    """The share of each number of calls, where 2 is two or three, and of each format."""
+    episodes = sum([episodes for episodes, _ in notes], [])
+    assert all(episode.question in str(TASKS["train"]) for episode in episodes)
+    counts = Counter([min(2, len(episode.gold_calls)) for episode in episodes])
+    counts.update([episode.fmt for episode in episodes])
+    return {what: count / len(episodes) for what, count in counts.items()}
 
 
-def test_phases_and_evaluations_come_when_they_are_due(untrained):
-    settings = replace(SMALL, steps=5, sft_every=2, sft_steps=3, eval_every=2)
-    step, phase, look = ["rollout", "grpo"], ["sft"] * 3, ["evaluate"]
-    order = {arm: [note[0] for note in record_arm(arm, untrained, settings)] for arm in t.ARMS}
-    assert order["rl"] == order["rl-strict"] == 2 * step + look + 2 * step + look + step + look
-    assert order["interleaved"] == 2 * step + look + phase + 2 * step + look + phase + step + look
-    assert order["sft"] == look + phase + look + phase + look
-    every = [note[0] for note in record_arm("sft", untrained, replace(settings, sft_every=1))]
-    assert every == phase + look + 2 * phase + look + phase + look
-    looks = only("evaluate", record_arm("rl", untrained, settings))
-    assert [step for _, step, _ in looks] == [2, 4, 5] and [len(log) for _, _, log in looks] == [2, 2, 1]
-    assert looks[0][2] == [(1.0, 2.0), (1.0, 4.0)]  # all earned 0
+def test_the_base_imitates_the_log_at_a_rate_that_goes_up_and_then_down(monkeypatch):
+    notes = note_updates(monkeypatch)
+    settings = replace(SETTINGS, base_steps=60, base_lr=0.5, sft_batch=20, bare_share=1.0)
+    toolrl.train_base(None, TINY, settings, 0)
+    assert [len(episodes) for episodes, _ in notes] == [20] * 60
+    expected = {0: 0.1, 1: 0.15, 2: 0.75, "A": 0.7, "B": 0.3}
+    assert shares_of(notes) == pytest.approx(expected, abs=0.04)
+    # With a share of 1, all right calls in format A are cut to the bare tag, and that ends it.
+    for episode in notes[0][0]:
+        assert not episode.gold_calls or (episode.messages == [TAG]) == (episode.fmt == "A")
+    rates = [notes[step][1]["lr"] for step in (2, 8, 35, 59)]
+    assert rates == pytest.approx([0.5 / 3 * 0.95, 0.425, 0.2, 0.01])
+    assert notes[0][1]["betas"] == (0.9, 0.95)
 
 
-def test_arms_meet_the_same_tasks_and_draws(untrained):
-    settings = replace(SMALL, steps=6, sft_every=2)
-    notes = {arm: record_arm(arm, untrained, settings) for arm in t.ARMS}
-    met = {arm: [note[1:3] for note in only("rollout", notes[arm])] for arm in notes}
-    orders = {arm: [note[1] for note in only("grpo", notes[arm])] for arm in notes}
-    gold = [[note[1] for note in only("sft", notes[arm])] for arm in ("interleaved", "sft")]
-    assert met["rl"] == met["interleaved"] == met["rl-strict"] and met["sft"] == []
-    assert orders["rl"] == orders["interleaved"] == orders["rl-strict"] and gold[0] == gold[1]
-    for drawn in (*zip(*met["rl"]), orders["rl"], gold[0]):
-        assert len({str(one) for one in drawn}) == len(drawn) >= 2  # another at each step
+def test_the_base_starts_from_a_copy_or_from_a_tiny_policy_of_its_seed():
+    start = toolrl.tiny_policy(TINY, 0)
+    before = weights(start)
+    little = replace(SMALL, base_steps=2)
+    base = toolrl.train_base(start, TINY, little, 0)
+    assert torch.equal(weights(start), before) and not torch.equal(weights(base), before)
+    assert torch.equal(weights(toolrl.train_base(None, TINY, little, 0)), weights(base))
 
 
-def test_a_group_is_one_task_whose_episodes_share_nothing_that_changes(untrained):
-    _, tasks, _, episodes = record_arm("rl", untrained, replace(SMALL, steps=1, groups=3))[0]
-    assert len(tasks) == 12 and all(tasks[4 * g + k] == tasks[4 * g] for g in range(3) for k in range(4))
-    assert len({str(task) for task in tasks}) == 3 and {fmt for _, fmt, _ in tasks} == {"A"}
-    assert len({id(e.messages) for e in episodes}) == len({id(e.calls) for e in episodes}) == 12
+# %% Rollout and updates
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_rl_trains_on_training_tasks_of_the_asked_share(untrained, share):
-    notes = only("rollout", record_arm("rl", untrained, replace(SMALL, steps=40, no_call_share=share, group_size=2)))
-    asked = [task[0] for note in notes for task in note[1]]
-    no_call = [question in t.QUESTIONS["train", "no_call"] for question in asked]
-    assert all(mine or question in t.QUESTIONS["train", "multi_step"] for mine, question in zip(no_call, asked))
-    assert np.mean(no_call) == pytest.approx(share, abs=0.2 * (share == 0.5))
+def log_probs_of(policy, episode):
+    """Position -> log-probability of what was written there, from one pass over the whole."""
+    log_p = policy(torch.tensor([episode.ids])).logits[0].log_softmax(-1)
+    return {k: log_p[k - 1, episode.ids[k]] for k in where_written(episode)}
 
 
-def test_each_optimizer_keeps_its_own_state_and_settings(untrained):
-    notes = record_arm("interleaved", untrained, replace(SMALL, steps=12, lr=0.5, sft_lr=0.25, sft_every=3))
-    rl, sft = only("grpo", notes), only("sft", notes)
-    assert len({id(note[2]) for note in rl}) == len({id(note[2]) for note in sft}) == 1 and rl[0][2] is not sft[0][2]
-    assert [note[3]["lr"] for note in rl] == pytest.approx([0.05 * min(step, 10) for step in range(1, 13)])
-    assert {note[3]["lr"] for note in sft} == {0.25}
-    for group in (note[3] for note in rl + sft):
-        assert (group["weight_decay"], group["betas"], group["eps"]) == (0.0, (0.9, 0.999), 1e-8)
-        assert len(group["params"]) == len([*untrained.parameters()])
+@with_both
+def test_log_probs_of_a_rollout_are_those_of_one_pass(chat, trained, checkpoint):
+    policy = trained
+    if chat is BPE:
+        chat, policy = toolrl.load(replace(SETTINGS, model=checkpoint))
+    for episode in played(policy, 9, chat):
+        for k, log_prob in log_probs_of(policy, episode).items():
+            assert episode.log_probs[k] == pytest.approx(log_prob.item(), abs=1e-3)
 
 
-def test_an_sft_batch_is_gold_in_format_a_and_a_quarter_needs_no_call(untrained):
-    questions, settings = set(), replace(SMALL, steps=2, sft_every=1, sft_steps=30)
-    for _, conversations, _, _ in only("sft", record_arm("sft", untrained, settings)):
-        texts = [t.spell(tokens(ids)) for ids, _ in conversations]
-        assert len(texts) == 32 and sum("who do you mean" in text for text in texts) == 8
-        for text in texts:
-            question = re.search(r"user (.*?)<\|im_end\|>", text)[1]
-            questions.add(question)
-            assert t.OPEN["B"] not in text and text.count(CLOSE) == len(t.parse_question(question)[0])
-            assert ("who do you mean" in text) == ("them" in question) and text.endswith(END)
-    assert questions <= {*t.TASKS["questions"]["train"]} and len(questions & {*t.QUESTIONS["train", "one_call"]}) > 20
+@with_both
+def test_what_is_sampled_is_what_the_harness_is_told_and_what_playing_it_records(chat):
+    # One rollout holds conversations of many lengths, and none disturbs the others.
+    records = gold(chat, 9)
+    episodes = played(Puppet(chat, follower(records)), 9, chat)
+    for name in ("ids", "written", "messages"):
+        found = [getattr(episode, name) for episode in episodes]
+        assert found == [getattr(episode, name) for episode in records]
 
 
-def test_only_the_strict_arm_reads_the_reply(untrained, monkeypatch):
-    rewards = {}
-    monkeypatch.setattr(t, "evaluate", lambda *args: {})
-    monkeypatch.setattr(t, "keep", lambda *args: None)
-    monkeypatch.setattr(t, "rl_step", lambda policy, optimizer, reward, *rest: rewards.setdefault(arm, reward))
-    for arm in ("rl", "interleaved", "rl-strict"):
-        t.train_arm(arm, {}, untrained, replace(SMALL, steps=1), 0, None)
-    assert rewards == {"rl": t.blind_reward, "interleaved": t.blind_reward, "rl-strict": t.success}
+def test_sampling_is_at_temperature_one():
+    puppet = Puppet(TINY, lambda ids: TINY.end, p=0.3)
+    ended_at_once = [episode.messages == [""] for episode in played(puppet, 2000)]
+    assert np.mean(ended_at_once) == pytest.approx(0.3, abs=0.04)
 
 
-def test_an_rl_step_hands_each_reward_to_its_own_rollout(untrained, monkeypatch):
-    seen, rewards = [], iter([1.0, 0, 0, 0, 1, 1, 1, 1])
-    monkeypatch.setattr(t, "grpo_update", lambda p, o, batch, advantage, s, rng: seen.extend([batch, advantage]) or 0.5)
-    assert t.rl_step(untrained, None, lambda episode: next(rewards), SMALL, 0, 1) == (0.5, 0.5)
-    assert seen[1].tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5, 0, 0, 0, 0], abs=1e-3) and len(seen[0].ids) == 8
+def ascend(policy, terms, lr):
+    """Go up the gradient of the mean of these terms, cut to norm 1. -> its norm before"""
+    parts = torch.autograd.grad(sum(terms) / len(terms), list(policy.parameters()))
+    gradient = torch.cat([part.flatten() for part in parts])
+    norm = gradient.norm().item()
+    moved = weights(policy) + lr * gradient / max(1, norm)
+    torch.nn.utils.vector_to_parameters(moved, policy.parameters())
+    return norm
 
 
-def run_arm(arm, base, settings):
-    """The weights that an arm ends with."""
-    ends, inner = [], t.evaluate
-    with pytest.MonkeyPatch.context() as patch, open(os.devnull, "w") as out:
-        patch.setattr(t, "evaluate", lambda policy, *args: ends.append(weights(policy)) or inner(policy, *args))
-        t.train_arm(arm, {"base": [inner(base, settings, 0, "base", 0)]}, base, settings, 0, out)
-    return ends[-1]
+def test_a_grpo_update_is_what_the_definition_says(trained, base):
+    episodes = played(base, 10)  # in four minibatches: 3, 3, 3, 1
+    rng = rng_for(0, "moved")
+    for episode in episodes:  # as if the policy had moved since, up here and down there
+        episode.log_probs = (episode.log_probs + rng.normal(0, 0.2, len(episode.ids))).tolist()
+    advantage = torch.linspace(-9, 9, 10)
+    sgd = torch.optim.SGD(trained.parameters(), lr=0.05)
+    norm = toolrl.grpo_update(trained, sgd, episodes, advantage, SETTINGS, rng_for(0, "order"))
+    other = copy.deepcopy(base)
+    norms = []
+    for rows in np.split(rng_for(0, "order").permutation(10), [3, 6, 9]):
+        terms = []
+        for row in rows:
+            gain = advantage[row]
+            for k, log_prob in log_probs_of(other, episodes[row]).items():
+                ratio = (log_prob - episodes[row].log_probs[k]).exp()
+                # A token that has gone this far the right way is pushed no further.
+                bound = 1.2 if gain > 0 else 0.8
+                terms.append(torch.minimum(gain * ratio, gain * bound))
+        norms.append(ascend(other, terms, lr=0.05))
+    assert norm == pytest.approx(np.mean(norms), rel=1e-3)
+    assert min(norms) < 1 < max(norms)  # some were cut
+    assert torch.allclose(weights(trained), weights(other), atol=1e-5)
 
 
-def test_an_arm_is_its_phases_and_steps_and_nothing_else(trained):
-    settings = replace(SMALL, steps=3, sft_every=1, sft_steps=2, no_call_share=0.5, lr=1e-3)
-    other, moved = copy.deepcopy(trained), []
-    rl, sft = ByDefinition(other), ByDefinition(other, settings.sft_lr)
-    notes = record_arm("interleaved", trained, settings)
-    for step, (_, _, _, episodes) in enumerate(only("rollout", notes), 1):
-        for _, conversations, _, _ in only("sft", notes)[2 * (step - 2) : 2 * (step - 1)] if step > 1 else ():
-            sft.sft(conversations)
-        batch = t.rollout(other, episodes, t.stream(0, "sampling", step))
-        advantage = t.advantages(torch.tensor([t.blind_reward(e) for e in episodes]).view(2, 4)).flatten()
-        rl.lr = settings.lr * step / 10
-        moved += rl.grpo(batch, advantage, settings, t.stream(0, "order", step).permutation(8))
-    assert torch.allclose(run_arm("interleaved", trained, settings), weights(other), atol=5e-5) and max(moved) > 0.1
+def test_an_sft_update_is_what_the_definition_says(trained, base):
+    episodes = gold(TINY, 5)
+    toolrl.sft_update(trained, torch.optim.SGD(trained.parameters(), lr=0.1), episodes)
+    other = copy.deepcopy(base)
+    terms = []
+    for episode in episodes:
+        terms += log_probs_of(other, episode).values()
+    assert ascend(other, terms, lr=0.1) > 0.1
+    assert torch.allclose(weights(trained), weights(other), atol=1e-5)
 
 
-def test_the_base_is_left_untouched_and_evaluations_train_nothing(trained):
-    before, state, settings = weights(trained).clone(), torch.get_rng_state(), replace(SMALL, steps=3, sft_every=1)
-    often, once = (run_arm("interleaved", trained, replace(settings, eval_every=every)) for every in (1, 3))
-    assert torch.equal(often, once) and not torch.equal(once, before) and torch.equal(weights(trained), before)
-    assert torch.equal(torch.get_rng_state(), state)
+def test_a_gradient_that_is_not_a_number_ends_the_program_and_moves_nothing(trained, base):
+    episodes = played(trained, 9)
+    nothing = torch.full([9], np.nan)
+    with pytest.raises(SystemExit, match="lower learning rate"):  # a text: exit code 1
+        toolrl.grpo_update(trained, adam(trained), episodes, nothing, SETTINGS, rng_for(0, "order"))
+    assert torch.equal(weights(trained), weights(base))
 
 
-def test_nan_ends_the_program_with_arm_and_step(trained, monkeypatch):
-    monkeypatch.setattr(t, "rl_step", Mock(side_effect=RuntimeError("not finite")))
-    with pytest.raises(SystemExit, match="rl, RL step 1: not finite; try a lower learning rate"):
-        t.train_arm("rl", {}, trained, SMALL, 0, None)
+# %% Steps, phases, arms
 
 
-# ---- Probes
-
-def follows(laid, seen):
-    now = len(seen)
-    return {ids[now] for ids, sampled in laid if ids[:now] == seen and len(ids) > now and sampled[now]}
-
-
-def test_the_matrix_reads_the_positions_that_it_names():
-    gold = [draw("multi_step", seed) for seed in range(6)]
-    laid = [t.lay_out(episode, episode.gold) for episode in gold]
-    wrong = t.VOCABULARY.index("<tool_response>")
-    for due in t.DUE:
-        def next_id(seen):  # right, but where `due` is due: there, <tool_response>
-            right = min(follows(laid, seen), default=0)
-            return wrong if right == t.VOCABULARY.index(due) else right
-
-        _, p = t.teacher_forced(Puppet(next_id, p=0.9), gold)
-        assert list(p) == t.DUE and all(list(row) == t.CONTROL for row in p.values())
-        for place in t.DUE:
-            assert p[place]["<tool_response>"] == pytest.approx(0.9 if place == due else 0.1 / 46, abs=1e-3)
-            assert place == due or p[place].get(place, 0.9) == pytest.approx(0.9, abs=1e-3)
+@pytest.mark.parametrize("share, wide", [(0.0, 0), (0.5, 0.2), (1.0, 0)])
+def test_a_group_is_one_task_and_so_many_need_no_call(trained, share, wide):
+    settings = replace(SMALL, groups=60, group_size=2, no_call_share=share)
+    met = []
+    toolrl.rl_step(trained, adam(trained), TINY, lambda e: met.append(e) or 1.0, settings, 0, 1)
+    tasks = [(episode.question, str(episode.directory)) for episode in met]
+    assert tasks[::2] == tasks[1::2] and len(set(tasks)) == 60
+    no_call = TASKS["train"]["no_call"]
+    assert np.mean([question in no_call for question, _ in tasks]) == pytest.approx(share, abs=wide)
+    assert {question for question, _ in tasks} <= {*no_call, *TASKS["train"]["multi_step"]}
+    assert len({id(episode.ids) for episode in met}) == 120  # each has a record of its own
 
 
-def test_forced_is_the_chance_to_get_every_name_right():
-    gold = [t.new_episode(f"rival of {more}bob ?", DIRECTORY) for more in ("mentor of ", "mentor of friend of ")]
-    laid, names = [t.lay_out(episode, episode.gold) for episode in gold], {*t.TOOLS, *t.PEOPLE}
-    right = {i for i, token in enumerate(t.VOCABULARY) if token in names}
-    puppet = Puppet(lambda seen: min(follows(laid, seen) & right, default=t.END_ID), p=0.8)
-    assert t.teacher_forced(puppet, gold)[0] == pytest.approx((0.8**5 + 0.8**7) / 2, abs=1e-4)
+def test_an_rl_step_compares_each_rollout_with_its_group(trained, base):
+    rewards = iter([1.0, 0, 0, 0, 1, 1, 1, 1])
+    met = []
+
+    def reward(episode):
+        met.append(episode)
+        return next(rewards)
+
+    found = toolrl.rl_step(trained, adam(trained), TINY, reward, SMALL, 0, 1)
+    # Rewards less their mean, by their spread: 1.5 and three times -0.5, and no lesson from ones.
+    advantage = torch.tensor([0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]) / 0.5001
+    other = copy.deepcopy(base)
+    norm = toolrl.grpo_update(other, adam(other), met, advantage, SMALL, rng_for(0, "order", 1))
+    assert found == pytest.approx((0.5, norm))  # one of two groups had equal rewards
+    assert torch.allclose(weights(trained), weights(other), atol=1e-5)
 
 
-@pytest.mark.parametrize("message, state, ask, reward", [
-    ("who do you mean ?", "healthy_response", 1, 1), (TAG, "bare_tag", 0, 1), (GOOD, "healthy_call", 0, 0)])
-def test_an_evaluation_says_what_the_policy_does(message, state, ask, reward):
-    found = t.evaluate(writes(message), SMALL, 0, "rl", 5, [(0.5, 1.0), (1.0, 2.0)])
-    assert (found["states"][state], found["ask"], found["reward"], found["success"]) == (1, ask, reward, 0)
-    assert (found["equal_groups"], found["gradient"], found["arm"], found["step"]) == (0.75, 1.5, "rl", 5)
-    assert found["conversation"][0] in t.QUESTIONS["held_out", "multi_step"]
-    assert found["conversation"][1] == re.sub(r"(<[^<>]+>)", r"\1[1.00]", message + END)
-    asks, other, them = writes("who do you mean ?"), writes(message), t.VOCABULARY.index("them")
-    both = t.evaluate(Puppet(lambda ids: (asks if them in ids else other).next_id(ids)), SMALL, 0, "rl", 5)
-    assert [both[k] for k in ("states", "conversation")] == [found[k] for k in ("states", "conversation")]
-    assert (both["ask"], both["reward"]) == (1, 1)
+def test_a_phase_is_gold_in_format_a_and_a_quarter_needs_no_call(trained, monkeypatch):
+    notes = note_updates(monkeypatch)
+    settings = replace(SETTINGS, sft_steps=40, sft_batch=20)
+    toolrl.sft_phase(trained, adam(trained), TINY, settings, 0, 6)
+    assert len(notes) == 40
+    assert shares_of(notes) == pytest.approx({0: 0.25, 1: 0.15, 2: 0.6, "A": 1}, abs=0.04)
+    assert all(success(episode) for episode in notes[0][0])
 
 
-def test_each_probe_asks_its_own_held_out_tasks(trained, monkeypatch):
-    asked, inner = [], t.rollout
-    monkeypatch.setattr(t, "rollout", lambda policy, *rest: asked.append(rest[0]) or inner(policy, *rest))
-    for seed, step in ((0, 0), (0, 5), (1, 0)):
-        t.evaluate(trained, replace(SMALL, eval_episodes=40), seed, "rl", step)
-    kinds = ["multi_step"] * 40 + ["one_call"] * 20 + ["multi_step"] * 40 + ["no_call"] * 20
-    assert [e.fmt for e in asked[0]] == ["A"] * 60 + ["B"] * 40 + ["A"] * 20
-    assert all(e.question in t.QUESTIONS["held_out", kind] for e, kind in zip(asked[0], kinds))
-    first, same, other = ([(e.question, e.directory, e.messages) for e in episodes] for episodes in asked)
-    assert first == same and [one[1] for one in first] != [one[1] for one in other]
-    assert len({e.question for e in asked[0][:40]}) == 40
+BRIEF = replace(SMALL, steps=12, sft_every=4, eval_every=5, no_call_share=0.5, lr=5e-3)
 
 
-# ---- Claims
+@pytest.mark.parametrize("arm", toolrl.ARMS)
+def test_an_arm_is_its_phases_and_steps_and_evaluations_change_nothing(trained, base, arm):
+    rl = adam(trained)
+    sft = adam(trained, BRIEF.sft_lr)
+    reward = success if arm == "rl-strict" else toolrl.blind_reward
+    stats = []
+    for step in range(1, 13):
+        if step in (5, 9) and arm in ("sft", "interleaved"):
+            toolrl.sft_phase(trained, sft, TINY, BRIEF, 0, step)
+        if arm != "sft":
+            rl.param_groups[0]["lr"] = min(5e-4 * step, 5e-3)  # a warm-up of ten steps
+            stats.append(toolrl.rl_step(trained, rl, TINY, reward, BRIEF, 0, step))
+    expected = evaluate(trained, TINY, BRIEF, 0, arm, 12)
+    if stats:  # of the RL steps since the evaluation before
+        expected |= zip(["equal_groups", "gradient"], np.mean(stats[10:], 0), strict=True)
+    before = weights(base)
+    found = list(toolrl.train_arm(arm, base, TINY, BRIEF, 0))
+    assert [evaluation["step"] for evaluation in found] == [5, 10, 12]
+    assert found[-1] == expected
+    assert torch.equal(weights(base), before)  # the next arm starts from the same base
 
-def look(step, success=0.6, forced=1.0, format_b=0.8, spike=0.05, token=END, due=t.DUE[1]):
-    """An evaluation, of which only what claims read is to the point."""
-    p = {place: {other: 0.9 if other == place else 0.001 for other in t.CONTROL} for place in t.DUE}
-    p[due][token] = spike
-    figures = {"success": success, "forced": forced, "one_call": 0.5, "format_b": format_b, "ask": 0.0, "reward": 0.5}
-    return {"arm": "rl", "step": step, **figures, "equal_groups": None, "gradient": None, "p": p}
+
+def test_each_step_draws_anew(base, monkeypatch):
+    asked = []
+    monkeypatch.setattr(toolrl, "rng_for", lambda *one: asked.append(one) or rng_for(*one))
+    list(toolrl.train_arm("interleaved", base, TINY, replace(BRIEF, steps=5), 7))
+    training = [stream for stream in asked if "held-out" not in stream[1]]
+    assert len(training) == 5 * 3 + 1  # tasks, sampling, order; one phase
+    assert len({rng_for(*stream).random() for stream in training}) == len(training)
+    assert {seed for seed, *_ in training} == {7}
 
 
-def story(**changes):
-    """A run in which every claim holds. rl_1={"forced": 0.5} changes a figure, rl=[...] an arm."""
-    history = {
+# %% Probes
+
+
+@with_both
+@pytest.mark.parametrize("place", toolrl.PLACES)
+def test_the_matrix_reads_the_place_that_it_names(chat, place):
+    # A puppet that is right but at one place, which the text tells. There it writes </function>.
+    right = follower(gold(chat, 3, ["multi_step"], "A"))
+    places = {TAG: "call", "</tool_call>": "close", END: "end"}
+
+    def next_id(ids):
+        here = places.get(chat.decode([right(ids)]))
+        if chat.decode(ids).endswith(TAG):
+            here = "json"
+        elif chat.decode(ids).endswith("assistant\n"):
+            here = here or "reply"
+        return chat.encode("</function>")[0] if here == place else right(ids)
+
+    puppet = Puppet(chat, next_id, p=0.9)
+    _, p = toolrl.teacher_forced(puppet, draw(chat, 3, ["multi_step"], "A"))
+    for other, due in toolrl.PLACES.items():
+        wrong = 0.9 if other == place else 0.0
+        assert p[other]["</function>"] == pytest.approx(wrong, abs=0.01)
+        assert p[other].get(due, 0.9 - wrong) == pytest.approx(0.9 - wrong, abs=0.01)
+
+
+@with_both
+@pytest.mark.parametrize("p", [0.8, 1 - 1e-6])
+def test_skill_is_the_chance_to_write_every_name_right(chat, p):
+    records = gold(chat, 6, toolrl.KINDS, "A")
+    expected = []
+    for episode in records:
+        flags = sum([chat.name_flags(message) for message in episode.gold], [])
+        expected.append(p ** sum(flags))
+    puppet = Puppet(chat, follower(records), p)
+    skill, _ = toolrl.teacher_forced(puppet, draw(chat, 6, toolrl.KINDS, "A"))
+    assert skill == pytest.approx(np.mean(expected), rel=1e-3)
+
+
+def test_each_probe_asks_held_out_tasks_and_an_evaluation_says_what_was_done():
+    # A puppet that stops after the opening tag, but says "bob" where nobody is named.
+    tag, bob, _, nobody = TINY.encode(TAG + "bob of them")
+    asked = Counter()
+
+    def next_id(ids):
+        text = TINY.decode(ids)
+        if text.count("assistant\n") == 1 and text.endswith("assistant\n"):
+            question = re.search(r"user\n(.*?)<", text)[1]
+            (kind,) = [kind for kind in toolrl.KINDS if question in TASKS["held_out"][kind]]
+            asked[kind, "<function>" in text] += 1
+        word = bob if nobody in ids else tag
+        return TINY.end if ids[-1] == word else word
+
+    found = evaluate(Puppet(TINY, next_id), TINY, SMALL, 0, "rl", 5)
+    # The tasks of `success` are read once more, with their gold conversations, for the skill.
+    in_a = {("multi_step", False): 8, ("one_call", False): 4, ("no_call", False): 4}
+    assert asked == in_a | {("multi_step", True): 4}
+    assert found["success"] == found["one_call"] == found["format_b"] == found["ask"] == 0
+    assert found["no_call_reward"] == 1
+    assert found["states"]["bare_tags"] == 1  # of the messages in tasks that take calls
+    text = r"\w+ of \w+ of .*\n<tool_call>\[1.00\]<.*>\[1.00\]\n"
+    assert re.fullmatch(text, found["conversation"])
+
+
+def test_evaluations_ask_the_same_tasks_and_sample_alike_at_every_step(base):
+    first = evaluate(base, TINY, SMALL, 0, "rl", 5)
+    again = evaluate(base, TINY, SMALL, 0, "sft", 10)
+    assert again == first | {"arm": "sft", "step": 10}
+    assert first["p"] != evaluate(base, TINY, SMALL, 1, "rl", 5)["p"]
+
+
+# %% Claims and print, on made histories
+
+
+def look(step, success=0.6, skill=1.0, format_b=0.8, spike=0.08):
+    """An evaluation in which <|im_end|> has probability `spike` where JSON is due."""
+    p = {}
+    for place, due in toolrl.PLACES.items():
+        p[place] = dict.fromkeys(toolrl.CONTROL, 0.001)
+        p[place][due] = 0.9
+    del p["json"]["JSON"], p["reply"]["text"]  # these are no control tokens
+    p["json"][END] = spike
+    event = {"event": "eval", "step": step, "success": success, "skill": skill, "p": p}
+    event |= {"format_b": format_b, "one_call": 0.5, "ask": 0.0, "no_call_reward": 0.5}
+    event["states"] = {"whole_calls": 0.02, "bare_tags": 0.98}
+    return event | {"conversation": "a question\nan answer\n"}
+
+
+def story():
+    """A history in which every claim holds, if only just."""
+    return {
         "base": [look(0)],
-        "rl": [look(5), look(10, 0.04, spike=0.9), *(look(step, 0.0, 0.5, 0.2, 0.99) for step in (15, 20, 25))],
-        "interleaved": [look(5), look(10, 0.7), look(15, 0.95, format_b=0.3)],
-        "strict": [look(5), look(10, 0.8), look(15, 0.9)],
+        "rl": [look(5), look(10, 0.05, 0.8, spike=0.4)]
+        + [look(k, 0.02, 0.5, 0.2) for k in (15, 20, 25)],
+        "interleaved": [look(5), look(10, 0.7), look(15, 0.9, format_b=0.63)],
+        "rl-strict": [look(5, 0.01), look(10, 0.8), look(15, 0.9)],
     }
-    for name, change in changes.items():
-        arm, _, k = name.partition("_")
-        history[arm] = [*history[arm]]
-        if k:
-            history[arm][int(k)] = {**history[arm][int(k)], **change}
-        else:
-            history[arm] = change
-    history["rl-strict"] = history.pop("strict")
-    return history
 
 
-def test_a_story_in_which_every_claim_holds():
-    found = t.judge(story())
-    assert [*found] == ["collapse", "control_token", "intact", "fix", "price", "cause"]
-    assert [*t.judge({arm: story()[arm] for arm in ("base", "interleaved", "rl-strict")})] == ["fix", "cause"]
-    figures = {name: value for holds, claim in found.values() for name, value in (claim | {"": holds}).items()}
-    assert (figures["token"], figures["due"], figures["step"], figures[""]) == (END, t.DUE[1], 10, True)
-    assert (figures["down_forced"], figures["down_format_b"], figures["lowest_success"]) == (1.0, 0.8, 0.6)
+# In this story: the arm, which of its evaluations, what changes there, and which claims then fail.
+TWISTS = """
+rl          | -3 | success 0.03              | collapse
+rl          | -1 | success 0.03              | collapse
+rl          | 1  | success 0.06              | control_token intact price
+base        | 0  | success 0.05              | collapse control_token intact price
+base        | 0  | json <|im_end|> 0.081     | control_token
+rl          | 1  | call <tool_call> 1.3      |
+rl          | 1  | end </tool_call> 0.35     | control_token
+rl          | 1  | skill 0.79                | intact
+interleaved | -1 | success 0.89              | fix
+interleaved | -1 | format_b 0.65             | price
+rl          | 1  | format_b 0.75             | price
+rl-strict   | 0  | json <|im_end|> 0.5       | cause
+rl-strict   | 1  | reply <tool_response> 0.5 | cause
+"""
 
 
-ALL_OF_RL = {"collapse", "control_token", "intact", "price"}
-FAILS = {  # what happens: (changes, the claims that no longer hold)
-    "rl gets up in between": ({"rl_2": {"success": 0.03}}, {"collapse"}),
-    "rl is short": ({"rl": story()["rl"][:2]}, {"collapse"}),
-    "rl never falls": ({"rl": [look(step, 0.06, spike=0.9) for step in (5, 10, 15)]}, ALL_OF_RL),
-    "the base is down": ({"base_0": {"success": 0.05}}, ALL_OF_RL),
-    "no token reaches 0.4": ({"rl_1": {"p": look(10, spike=0.39)["p"]}}, {"control_token"}),
-    "it rises less than fivefold": ({"base_0": {"p": look(0, spike=0.2)["p"]}}, {"control_token"}),
-    "only the right token rises": ({"rl_1": {"p": look(10, spike=0.999, token=TAG, due=TAG)["p"]}}, {"control_token"}),
-    "the skill is lost": ({"rl_1": {"forced": 0.79}}, {"intact"}),
-    "the fix falls short": ({"interleaved_2": {"success": 0.89}}, {"fix"}),
-    "interleaved is short": ({"interleaved": story()["interleaved"][1:]}, {"fix", "price"}),
-    "format B ends near the base's": ({"interleaved_2": {"format_b": 0.65}}, {"price"}),
-    "rl costs format B as much": ({"rl_1": {"format_b": 0.35}}, {"price"}),
-    "a token spikes once in rl-strict": ({"strict_1": {"p": look(10, spike=0.5)["p"]}}, {"cause"}),
-    "rl-strict is short": ({"strict": story()["rl-strict"][:2]}, {"cause"}),
-}
+@pytest.mark.parametrize("arm, k, change, fails", table(TWISTS))
+def test_each_claim_can_say_no(arm, k, change, fails):
+    history = story()
+    assert toolrl.judge(history) == dict.fromkeys(CLAIMS, True)
+    *place, name, value = change.split()
+    spot = history[arm][int(k)]
+    for key in place:
+        spot = spot["p"][key]
+    spot[name] = float(value)
+    assert [claim for claim, holds in toolrl.judge(history).items() if not holds] == fails.split()
 
 
-@pytest.mark.parametrize("what", FAILS)
-def test_each_claim_can_say_no(what):
-    changes, fails = FAILS[what]
-    assert {claim for claim, (holds, _) in t.judge(story(**changes)).items() if not holds} == fails
+def test_what_was_not_run_is_not_judged_and_a_run_that_is_too_short_claims_nothing():
+    history = story()
+    del history["rl"]
+    assert toolrl.judge(history) == {"fix": True, "cause": True}
+    history = {arm: evaluations[-2:] for arm, evaluations in story().items()}
+    history["rl"][0] = look(20, 0.02, spike=0.5)
+    assert toolrl.judge(history) == dict.fromkeys(CLAIMS, False)
 
 
-def test_the_token_that_is_named_is_the_one_that_rose_most():
+def test_a_row_marks_a_spike_and_tells_zero_from_not_measured(capsys):
+    toolrl.print_row(look(5), look(0))
+    toolrl.print_row(look(5, spike=0.4) | {"equal_groups": 1.0, "gradient": 0.0}, look(0))
     now = look(5, spike=0.6)
-    now["p"][t.DUE[4]][TAG] = 0.3
-    rose = t.astray(now, look(0, spike=0.5))[0]
-    assert (rose["token"], rose["due"], rose["p"], rose["spiked"]) == (TAG, t.DUE[4], 0.3, False)
+    now["p"]["end"][TAG] = 0.3
+    toolrl.print_row(now, look(0, spike=0.5))
+    base, rl, other = capsys.readouterr().out.splitlines()
+    figures = "5    0.60  1.00  0.50   0.80  0.00    0.50"
+    assert base == f"   {figures}    nan      nan  0.08 <|im_end|> at json"
+    assert rl == f"   {figures}   1.00     0.00  0.40 <|im_end|> at json *"
+    assert other.endswith("  0.30 <tool_call> at end")  # what rose most is not what is likeliest
 
 
-def test_the_table_over_seeds_counts_and_averages(capsys):
-    t.show_seeds([story(), story(rl=[look(step, 0.5) for step in (5, 10, 15)], base_0={"success": 0.8})])
+def test_a_moment_shows_states_shifts_and_a_conversation(capsys):
+    now = look(10, spike=0.004)
+    now["p"]["end"] |= {"</tool_call>": 0.011, TAG: 0.0099}
+    toolrl.print_moment(now, look(0))
     said = capsys.readouterr().out
-    assert max(map(len, said.splitlines())) <= 100
-    assert re.search(r"base +2 +0\.70, 0\.10", said) and re.search(r"rl, first down +1 +0\.04, 0\.00", said)
-    assert all(re.search(line, said) for line in ("collapse +1 of 2", "fix +2 of 2", "all of these +1 of 2"))
+    assert "messages at step 10: 2% whole calls, 98% bare tags\n" in said
+    assert re.search(r"json +JSON +<\|im_end\|> 0.08 -> 0.00\n", said)
+    assert "<|im_end|> 0.90 -> 0.90, </tool_call> 0.00 -> 0.01\n" in said
+    assert said.endswith("\na question\nan answer\n")
 
 
-# ---- The command line
-
-BAD = [
-    "--stepz 3", "--arms rl ppo", "--steps 0", "--steps -1", "--steps 1.5", "--lr abc", "--lr nan", "--lr -1",
-    "--no-call-share 1.5", "--group-size 1", "--out /nowhere/run.jsonl", "--plot /nowhere/run.png", "--device tpu",
-    "--seeds -1", "--seeds x", "--eval-every 0", "--sft-steps -1", "--minibatches 0", "--clip inf",
-]
-
-
-@pytest.mark.parametrize("line", BAD)
-def test_bad_input_gets_one_clear_line_that_names_it(line, capsys):
-    with pytest.raises(SystemExit) as stop:
-        t.main(line.split())
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") <= 3
-    assert any(word in said.splitlines()[-1].replace("_", "-") for word in (line.split()[0], line.split()[-1]))
-
-
-def test_a_device_has_to_be_there_and_auto_takes_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        t.read_settings(["--device", "cuda"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [t.read_settings(line.split()).device for line in ("", "--device cpu")] == ["cuda", "cpu"]
-
-
-def test_every_setting_is_a_flag_with_help_and_a_default(capsys):
-    with pytest.raises(SystemExit):
-        t.read_settings(["--help"])
+def test_claims_are_printed_for_each_seed_and_counted(tmp_path, monkeypatch, capsys):
+    stories = [story(), story()]
+    stories[1]["interleaved"] = [look(15, 0.5)] * 3  # no fix, and no price
+    monkeypatch.setattr(toolrl, "train_base", lambda start, chat, settings, seed: seed)
+    monkeypatch.setattr(toolrl, "evaluate", lambda seed, *_: stories[seed]["base"][0])
+    monkeypatch.setattr(toolrl, "train_arm", lambda arm, seed, *_: stories[seed][arm])
+    out = tmp_path / "run.jsonl"
+    main(shlex.split(f"--seeds 0 1 --arms rl interleaved rl-strict --out {out}"))
     said = capsys.readouterr().out
-    for setting in fields(t.Settings):
-        assert f"--{setting.name.replace('_', '-')}" in said and setting.metadata["help"].split()[0] in said
+    for claim, text in CLAIMS.items():
+        answers = ["yes", "no" if claim in ("fix", "price") else "yes"]
+        assert re.findall(rf"^{claim} +(\w+) +{re.escape(text)}$", said, re.M) == answers
+        assert re.findall(rf"^{claim} +(\d)$", said, re.M) == [str(answers.count("yes"))]
+        assert len(f"{claim:14} yes  {text}") <= 100
+    holds = " ".join(re.findall(r'"holds": (\w+)', out.read_text()))
+    assert holds == 9 * "true " + 2 * "false " + "true"
+    # The moment of an arm is where it is first down, otherwise its last evaluation.
+    assert re.findall(r"messages at step (\d+)", said) == 2 * ["10", "15", "5"]
 
 
-LITTLE = "--steps 2 --eval-every 1 --eval-episodes 4 --groups 2 --group-size 2 --sft-every 1 --sft-steps 1".split()
+# %% The command line, and --model
+
+LITTLE = "--base-steps 2 --sft-batch 4 --steps 2 --eval-every 1 --eval-episodes 4 --groups 2 "
+LITTLE += "--group-size 2 --minibatches 1 --sft-every 1 --sft-steps 1 --device cpu "
 
 
-def run_little(tmp_path, *more, name="run.jsonl", module=t):
-    module.main([*LITTLE, "--out", str(tmp_path / name), *more])
-    return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+def run_little(out, flags="", main=main):
+    """A run of a second or two. -> the lines of its --out"""
+    main(shlex.split(f"{LITTLE} --out {out} {flags}", comments=True))
+    return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def test_what_out_holds_and_what_is_printed_offline(tmp_path, quick, capsys, monkeypatch):
-    monkeypatch.setattr(socket, "socket", Mock(side_effect=AssertionError("a socket was opened")))
-    config, *events, done = run_little(tmp_path, "--arms", *t.ARMS)
-    assert (config["event"], config["arms"], config["device"]) == ("config", [*t.ARMS], "cpu")
-    looks, claims = ([event for event in events if event["event"] == kind] for kind in ("eval", "claim"))
-    assert [(e["arm"], e["step"]) for e in looks] == [("base", 0), *((arm, step) for arm in t.ARMS for step in (1, 2))]
-    for event in looks:
-        assert {*event} == {*"event seed arm step success forced one_call format_b ask reward states".split(),
-                            *"equal_groups gradient p conversation".split()}
-        assert (event["gradient"] is None) == (event["arm"] in ("base", "sft"))
-        assert sum(event["states"].values()) == pytest.approx(1)
-    assert [event["claim"] for event in claims] == ["collapse", "control_token", "intact", "fix", "price", "cause"]
-    assert not any(event["holds"] for event in claims)  # two steps show nothing
+BAD = """
+--stepz 3                | --stepz
+--arms rl ppo            | ppo
+--steps 0                | --steps
+--lr nan                 | --lr
+--no-call-share 1.5      | --no-call-share
+--group-size 1           | --group-size
+--seeds 0 1 -1 2         | --seeds
+--device nope            | nope
+--model /nowhere/model   | /nowhere/model
+--out /nowhere/run.jsonl | /nowhere/run.jsonl
+"""
+
+
+@pytest.mark.parametrize("flags, named", table(BAD))
+def test_bad_input_gets_a_line_that_names_it_and_empties_no_file(flags, named, tmp_path, capsys):
+    old = tmp_path / "run.jsonl"
+    old.write_text("what an hour has measured")
+    code, said = ending(capsys, f"--out {old} {flags}")
+    assert code == 2 and said.out == "" and said.err.count("\n") <= 2
+    assert named in said.err.splitlines()[-1].replace("_", "-")
+    assert old.read_text() == "what an hour has measured"
+
+
+def test_every_setting_is_a_flag_and_stands_in_the_help_with_its_comment(capsys):
+    _, said = ending(capsys, "--help")
+    for name in vars(SETTINGS):
+        assert f"--{name.replace('_', '-')}" in said.out
+        assert re.search(rf"^ +{name}: .*  # \w.{{10}}", said.out, re.M)
+
+
+EVAL = f"event seed arm step {' '.join(toolrl.PROBES)} no_call_reward skill p states conversation"
+CONFIG = " ".join(["event", *vars(SETTINGS), "versions"])
+SHAPE = [CONFIG, EVAL] + [EVAL + " equal_groups gradient"] * 4  # the base, and two arms
+SHAPE += ["event seed claim holds"] * 5 + ["event seconds"]
+
+
+def test_a_run_without_a_network(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("socket.socket", None)
+    events = run_little(tmp_path / "run.jsonl")
+    assert [" ".join(event) for event in events] == SHAPE
+    assert events[0]["out"] == "" and torch.__version__ in events[0]["versions"]
+    assert not any(event.get("holds") for event in events)  # two steps show nothing
     said = capsys.readouterr().out
-    assert max(map(len, said.splitlines())) <= 100
-    assert len(re.findall(r"\n   [012]    \d\.", said)) == 9 and said.count("\n== ") == 4
-    assert re.search(r"\ncollapse +no +base_success \d", said) and re.search(r"\n\d+ s\n$", said)
+    headings = re.findall(r"\n== (\S+), seed 0.*\n.*\n(.*)", said)
+    assert [heading for heading, _ in headings] == ["base", "rl", "interleaved", "claims"]
+    assert max(len(line) for _, line in headings) <= 100
 
 
-def test_one_seed_one_result(tmp_path, quick):
-    first, again, both = (run_little(tmp_path, "--seeds", *seeds, name=seeds) for seeds in ("0", "0", "01"))
-    assert first[:-1] == again[:-1] and [call.args[1] for call in t.train_base.call_args_list] == [0, 0, 0, 1]
-    one, other = ([{**e, "seed": 0} for e in both[1:-1] if e["seed"] == seed] for seed in (0, 1))
-    assert one == first[1:-1] != other
+def test_a_seed_gives_one_result_whatever_runs_beside_it_and_whatever_the_file_is_called(tmp_path):
+    alone = run_little(tmp_path / "a.jsonl", "--seeds 2")
+    beside = run_little(tmp_path / "b.jsonl", "--seeds 1 2")
+    assert [event for event in beside if event.get("seed") == 2] == alone[1:-1]
+    assert beside[1]["p"] != alone[1]["p"]
 
 
-def test_a_row_marks_a_spike_and_evaluations_are_kept_in_order(capsys):
-    history = {"base": [look(0)]}
-    for step, spike in ((5, 0.39), (10, 0.41)):
-        t.keep(look(step, spike=spike), history, Mock())
-    low, high = capsys.readouterr().out.splitlines()
-    assert low.endswith(f"0.39 {END} at {t.DUE[1]}") and high.endswith(f"0.41 {END} at {t.DUE[1]} *")
-    assert [event["step"] for event in history["rl"]] == [5, 10]
+def test_ctrl_c_leaves_what_was_measured_on_disk(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run.jsonl"
+    on_disk = []
 
-
-def test_ctrl_c_leaves_what_was_measured_on_disk(tmp_path, quick, monkeypatch, capsys):
-    seen = []
-
-    def rl_step(*args):
-        seen.extend(json.loads(line)["event"] for line in open(tmp_path / "run.jsonl"))
+    def rl_step(*_):
+        on_disk.extend(re.findall(r'"event": "(\w+)"', out.read_text()))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(t, "rl_step", rl_step)
-    with pytest.raises(SystemExit) as stop:
-        run_little(tmp_path)
-    assert stop.value.code == 130 and seen == ["config", "eval"] and capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(toolrl, "rl_step", rl_step)
+    code, said = ending(capsys, f"{LITTLE} --out {out}")
+    assert code == 130 and said.err.count("\n") == 1
+    assert on_disk == ["config", "eval"]
 
 
-def test_a_picture_or_one_line(tmp_path, quick, capsys):
-    if importlib.util.find_spec("matplotlib"):
-        run_little(tmp_path, "--plot", str(tmp_path / "run"))
-        assert (tmp_path / "run").read_bytes().startswith(b"\x89PNG")
-    else:
-        with pytest.raises(SystemExit) as stop:
-            run_little(tmp_path, "--plot", str(tmp_path / "run.png"))
-        assert stop.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err
+def test_a_checkpoint_has_its_own_defaults_and_explicit_flags_win():
+    tiny = vars(toolrl.read_settings([]))
+    assert vars(toolrl.read_settings(["--model", "x"])) == tiny | toolrl.PRETRAINED | {"model": "x"}
+    # A flag wins even if it asks for what is the tiny model's default.
+    found = vars(toolrl.read_settings(["--model", "x", "--base-steps", "200", "--lr", "0.5"]))
+    assert found == tiny | toolrl.PRETRAINED | {"model": "x", "base_steps": 200, "lr": 0.5}
 
 
-# ---- README
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rows", [320, 292])  # more than there will be tokens, and fewer
+def test_a_new_tag_starts_as_the_mean_of_its_pieces(rows, tied, tmp_path):
+    folder = save_checkpoint(tmp_path, rows, tied)
+    before = AutoModelForCausalLM.from_pretrained(folder).float()
+    chat, policy = toolrl.load(replace(SETTINGS, model=folder))
+    assert policy.get_input_embeddings().padding_idx is None
+    tokenizer = bpe_tokenizer()
+    for tables in ("get_input_embeddings", "get_output_embeddings"):
+        old = getattr(before, tables)().weight
+        expected = list(old[: len(tokenizer)])  # a token that it had keeps its row
+        for row in range(len(tokenizer), len(chat.tokenizer)):
+            expected.append(old[tokenizer.encode(chat.decode([row]))].mean(0))
+        # Shape and float32 have to be the same, too.
+        torch.testing.assert_close(getattr(policy, tables)().weight, torch.stack(expected))
 
-README = (HERE / "README.md").read_text(encoding="utf-8")
-BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", README, re.S) for kind in ("sh", "diff", "python")}
-COMMANDS = [line for block in BLOCKS["sh"] for line in block.splitlines() if line.startswith("python toolrl.py")]
+
+def test_a_run_with_a_checkpoint_leaves_a_file_of_the_same_shape(checkpoint, tmp_path):
+    events = run_little(tmp_path / "run.jsonl", f"--model {checkpoint}")
+    assert [" ".join(event) for event in events] == SHAPE
+    assert (events[0]["lr"], events[0]["steps"]) == (toolrl.PRETRAINED["lr"], 2)
 
 
-@pytest.mark.parametrize("command", sorted({*COMMANDS}))
-def test_slow_commands_of_the_readme_run(command, tmp_path, quick, monkeypatch):
+def test_a_template_without_the_end_token_gets_one_line(tmp_path, capsys):
+    code, said = ending(capsys, f"--device cpu --model {save_checkpoint(tmp_path, end='</s>')}")
+    assert code == 2 and f"template does not end messages with {END}\n" in said.err
+
+
+# %% The README's commands and diffs, and the whole story
+
+
+@pytest.mark.parametrize("flags", dict.fromkeys(re.findall(r"^python toolrl.py(.*)", README, re.M)))
+def test_slow_commands_of_the_readme_run(flags, tmp_path, checkpoint, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(t, "find_spec", lambda name: True)
-    monkeypatch.setattr(t, "draw", lambda stories, path: Path(path).write_bytes(b""))
-    line = re.sub(r"\$\(seq (\d+) \d+\)|--seeds (\d+)( \d+)+", lambda m: m[1] or f"--seeds {m[2]}", command)
-    t.main(line.split()[2:] + LITTLE)
-    for out in re.findall(r"--out (\S+)", line):
-        assert (tmp_path / out).read_text().count("\n") > 3
+    flags = re.sub(r"--seeds (\$\(seq)? ?(\d+)[ \d]*\)?", r"--seeds \2 ", flags)
+    flags = shlex.split(re.sub(r"--model \S+", f"--model {checkpoint}", flags), comments=True)
+    toolrl.read_settings(flags)  # before tiny settings replace them
+    main(flags + shlex.split(LITTLE))
+    assert len(list(tmp_path.iterdir())) == ("--out" in flags)
 
 
-def apply(text, diff):  # in each hunk, context and - lines have to stand there once
+@pytest.mark.parametrize("diff", re.findall(r"```diff\n(.*?)```", README, re.S))
+def test_slow_diffs_of_the_readme_apply_and_run(diff, tmp_path):
+    code = CODE
     for hunk in diff.split("@@\n"):
-        lines = hunk.splitlines(keepends=True)
-        old, new = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    return text
+        old = re.sub(r"^(\+.*\n|.)", "", hunk, flags=re.M)
+        new = re.sub(r"^(-.*\n|.)", "", hunk, flags=re.M)
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    other = load_copy(tmp_path, code)
+    assert run_little(tmp_path / "run.jsonl", main=other.main)[-1]["event"] == "done"
 
 
-@pytest.mark.parametrize("k", range(len(BLOCKS["diff"])))
-def test_slow_diffs_of_the_readme_apply_and_run(k, tmp_path, trained):
-    (tmp_path / "toolrl.py").write_text(apply((HERE / "toolrl.py").read_text(encoding="utf-8"), BLOCKS["diff"][k]))
-    shutil.copy(HERE / "tiny_tasks.json", tmp_path)
-    other = load(tmp_path, "of_the_readme")
-    other.train_base = lambda settings, seed: copy.deepcopy(trained)
-    assert run_little(tmp_path, "--arms", "rl", "interleaved", module=other)[-1]["event"] == "done"
-
-
-@pytest.mark.parametrize("snippet", BLOCKS["python"])
-def test_slow_snippets_of_the_readme_run(snippet, tmp_path, quick, monkeypatch, capsys):
-    run_little(tmp_path, name=re.search(r'open\("(.+?)"\)', snippet)[1])
-    capsys.readouterr()
+@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.S))
+def test_slow_snippets_of_the_readme_read_a_run(snippet, tmp_path, monkeypatch, capsys):
+    if "matplotlib" in snippet:
+        pytest.importorskip("matplotlib", reason="the README's picture needs matplotlib")
     monkeypatch.chdir(tmp_path)
+    run_little(tmp_path / "run.jsonl", "--seeds 0 1 --arms rl interleaved")
+    before = (tmp_path / "run.jsonl").read_bytes()
+    capsys.readouterr()
     exec(snippet, {})
-    assert capsys.readouterr().out.count("\n") >= 2
+    assert (tmp_path / "run.jsonl").read_bytes() == before
+    said = capsys.readouterr().out
+    assert said.count("\n") > 2 or (tmp_path / "run.png").stat().st_size > 9999
 
 
-# ---- The whole story
-
-def in_a_process(*arguments, **options):
-    command = [sys.executable, str(HERE / "toolrl.py"), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+def in_a_process(flags):
+    """A run of its own. It hears Ctrl-C, even if it is a background job's child."""
+    command = [sys.executable, str(HERE / "toolrl.py"), *flags.split()]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    hear = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(command, preexec_fn=hear, **pipes)
 
 
 def test_slow_a_real_ctrl_c(tmp_path):
     out = tmp_path / "run.jsonl"
-    run = in_a_process("--out", str(out), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    run = in_a_process(f"--base-steps 20 --out {out}")
     while run.poll() is None and not (out.exists() and '"arm": "rl"' in out.read_text()):
         time.sleep(0.2)
     run.send_signal(signal.SIGINT)
-    assert "Traceback" not in run.communicate(timeout=60)[1] and run.returncode == 130
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode == 130 and re.fullmatch("toolrl: stopped.*\n", said)
 
 
-def test_slow_the_story(tmp_path):
-    held = []  # one of two seeds may disagree, as the README says
-    for seed in "12":
-        arms = ["--seeds", seed, "--arms", "rl", "interleaved", "rl-strict", "--out"]
-        runs = [in_a_process(*arms, str(tmp_path / name), cwd=tmp_path) for name in "ab"]
-        assert [(run.communicate()[1], run.returncode) for run in runs] == [("", 0)] * 2
-        first, again = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in "ab")
+def test_slow_the_whole_story(tmp_path):
+    held = []
+    for seed in (1, 2):
+        flags = f"--seeds {seed} --arms rl interleaved rl-strict --out {tmp_path}/"
+        runs = [in_a_process(flags + name) for name in "ab"]
+        assert [run.communicate()[1] for run in runs] == ["", ""]
+        first, again = [(tmp_path / name).read_text().splitlines() for name in "ab"]
         assert first[:-1] == again[:-1]
-        held.append({event["claim"] for event in first if event["event"] == "claim" and event["holds"]})
-        assert {"fix", "cause"} <= held[-1]
-    assert {"collapse", "control_token", "intact"} <= held[0] | held[1]
+        held.append(set(re.findall(r'"(\w+)", "holds": true', str(first))))
+    # One of two seeds may disagree about what RL breaks, but not about what mends it.
+    assert {"fix", "cause"} <= held[0] & held[1]
+    assert held[0] | held[1] == set(CLAIMS)
