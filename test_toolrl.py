@@ -624,10 +624,8 @@ def test_each_step_draws_anew(base, monkeypatch):
     monkeypatch.setattr(toolrl, "rng_for", lambda *one: asked.append(one) or rng_for(*one))
     list(toolrl.train_arm("interleaved", base, TINY, replace(BRIEF, steps=5), 7))
     training = [stream for stream in asked if "held-out" not in stream[1]]
-    training.append((8, "tasks", 4))  # the next seed does not repeat a step of this one
-    assert (
-        len({rng_for(*stream).random() for stream in training}) == 17
-    )  # five times tasks, sampling, order; one phase; the next seed
+    training.append((8, "tasks", 4))  # 5 times tasks, sampling, order; a phase; the next seed
+    assert len({rng_for(*stream).random() for stream in training}) == 17
     assert {seed for seed, *_ in training[:-1]} == {7}
 
 
