@@ -104,7 +104,7 @@ class Puppet:
 
     device = torch.device("cpu")
 
-    def __init__(self, chat, next_id, p=1 - 1e-6):
+    def __init__(self, chat, next_id, p=0.999999):
         self.size = len(chat.tokenizer)
         self.next_id = next_id
         self.logit = np.log(p / (1 - p) * (self.size - 1))
@@ -220,7 +220,7 @@ MISTAKES = """
 def test_a_mistake_in_the_tasks_file_gets_one_line_that_names_it(old, new, named, tmp_path, capsys):
     other = load_copy(tmp_path, tasks=TASKS_FILE.replace(old, new, 1))
     code, said = ending(capsys, "", other.main)
-    assert code == 2 and re.fullmatch(f".*tiny_tasks.json.*{re.escape(named)}.*\n", said.err)
+    assert code == 2 and re.fullmatch(f".*tiny_tasks.json.*{named}.*\n", said.err)
 
 
 @with_both
@@ -281,7 +281,6 @@ NOT_A_CALL = """
 <function>{"name": "rival", "arguments": {"of": "bob"}}</function>
 <tool_call>{"name": "rival", "arguments": {"to": "bob"}}</tool_call>
 <tool_call>{"name": "rival", "arguments": {"of": "bob", "if": "ill"}}</tool_call>
-<tool_call>{"name": 7, "arguments": {"of": "bob"}}</tool_call>
 <tool_call>null</tool_call>
 """
 
@@ -323,8 +322,6 @@ mentor of alice ? | 0 0 1 | PREAMBLE CALL | CALL  | LEO
 mentor of alice ? | 0 0 1 | CUT           | CALL  | LEO
 mentor of them ?  | 1 1 1 | ASK
 mentor of them ?  | 1 0 1 | OPEN          | CALL
-mentor of them ?  | 1 0 1 | LEO
-mentor of them ?  | 0 0 1 | CLOSE
 mentor of them ?  | 0 0 2 | CALL          | ASK
 """
 
@@ -336,6 +333,7 @@ def test_what_each_conversation_earns(fmt, tag):
         play(episode, [spelt(cell).replace("tool_call>", tag) for cell in cells])
         found = f"{toolrl.blind_reward(episode):.0f} {success(episode):.0f} {len(episode.messages)}"
         assert found == scores, cells
+        assert ("error" in TINY.decode(episode.ids)) == ("WRONG" in cells)
 
 
 def write(episode, ids):
@@ -350,6 +348,8 @@ def test_a_message_is_cut_off_at_forty_tokens_and_is_then_no_reply(length, repli
     write(episode, TINY.encode("bob") * length + [TINY.end])
     assert episode.replied == replied == toolrl.blind_reward(episode)
     assert len(where_written(episode)) == 40
+    episode.respond(CALL, finished=False)  # nor is a call run that was cut off
+    assert not episode.calls
 
 
 STATE_OF = """
@@ -450,7 +450,7 @@ def test_the_base_imitates_the_log_at_a_rate_that_goes_up_and_then_down(monkeypa
     for episode in notes[0][0]:
         assert not episode.gold_calls or (episode.messages == [TAG]) == (episode.fmt == "A")
     rates = [notes[step][1]["lr"] for step in (2, 8, 35, 59)]
-    assert rates == pytest.approx([0.5 / 3 * 0.95, 0.425, 0.2, 0.01])
+    assert rates == pytest.approx([0.95 / 6, 0.425, 0.2, 0.01])
     assert notes[0][1]["betas"] == (0.9, 0.95)
 
 
@@ -626,7 +626,7 @@ def test_each_step_draws_anew(base, monkeypatch):
     training = [stream for stream in asked if "held-out" not in stream[1]]
     training.append((8, "tasks", 4))  # 5 times tasks, sampling, order; a phase; the next seed
     assert len({rng_for(*stream).random() for stream in training}) == 17
-    assert {seed for seed, *_ in training[:-1]} == {7}
+    assert {seed for seed, *_ in training} == {7, 8}
 
 
 # %% Probes
@@ -656,7 +656,7 @@ def test_the_matrix_reads_the_place_that_it_names(chat, place):
 
 
 @with_both
-@pytest.mark.parametrize("p", [0.8, 1 - 1e-6])
+@pytest.mark.parametrize("p", [0.8, 0.999999])
 def test_skill_is_the_chance_to_write_every_name_right(chat, p):
     records = gold(chat, 6, toolrl.KINDS, "A")
     expected = []
@@ -806,7 +806,7 @@ def test_claims_are_printed_for_each_seed_and_counted(tmp_path, monkeypatch, cap
         assert re.findall(rf"^{claim} +(\d)$", said, re.M) == [str(answers.count("yes"))]
         assert len(f"{claim:14} yes  {text}") <= 100
     holds = " ".join(re.findall(r'"holds": (\w+)', out.read_text()))
-    assert holds == 9 * "true " + 2 * "false " + "true"
+    assert holds == 9 * "true " + "false false true"
     # The moment of an arm is where it is first down, otherwise its last evaluation.
     assert re.findall(r"messages at step (\d+)", said) == 2 * ["10", "15", "5"]
 
@@ -970,7 +970,7 @@ def test_slow_snippets_of_the_readme_read_a_run(snippet, tmp_path, monkeypatch, 
 
 def in_a_process(flags):
     """A run of its own. It hears Ctrl-C, even if it is a background job's child."""
-    command = [sys.executable, str(HERE / "toolrl.py"), *flags.split()]
+    command = [sys.executable, HERE / "toolrl.py", *flags.split()]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     hear = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(command, preexec_fn=hear, **pipes)
