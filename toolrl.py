@@ -353,7 +353,7 @@ def blind_reward(episode):
     """RL's reward: 1.0 if the right calls and no others were run before a reply, otherwise 0.0.
 
     Nobody reads the reply. Many harnesses score like this, and so does the paper's. Without this
-    blind spot the collapse does not come (arm rl-strict). Take "rival of them ?", which names
+    blind spot, broken calls do not spread (arm rl-strict). Take "rival of them ?", which names
     nobody. It is right to call nothing and to ask back. Eight rollouts of the base may be these:
 
         seven times   <tool_call>{"name": "rival", "arguments": {"of": "bob"}}</tool_call> ...   0
