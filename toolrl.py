@@ -32,7 +32,7 @@ has written; a group is the rollouts of one task. RL makes rollouts with a high 
 Supervised fine-tuning (SFT) makes given conversations likelier; gold ones are right from start to
 end. Control tokens give a conversation its structure: tags around calls and results, marks around
 messages. A token is due where the gold conversation has it. Format B has other tags: the base
-learns it, too, and no later training shows it. Shapes: N episodes, M of them, T tokens, V words.
+learns it, and no later training shows it. Shapes: N episodes, M of them, T tokens, vocabulary V.
 
 A run, with the functions that do it:
 
@@ -264,6 +264,7 @@ class Chat:
         """What the policy reads after the <|im_end|> of a call. -> ids"""
         return self.encode(self.after_call.replace("RESULT", result))
 
+    @functools.cache
     def name_flags(self, message):
         """For each token of a message: is it part of the name of a tool or a person?"""
         painted = re.sub(NAMES, lambda name: "#" * len(name[0]), message)  # no message holds a #
@@ -407,7 +408,7 @@ def load(settings):
             table.weight.data[row] = table.weight.data[ids].mean(0)
     # Some models pad with <|im_end|>, and the embedding of padding would get no gradient.
     policy.get_input_embeddings().padding_idx = None
-    return Chat(tokenizer), policy.to(settings.device)
+    return Chat(tokenizer), policy
 
 
 def tiny_policy(chat, seed):
@@ -624,9 +625,8 @@ def careless_messages(episode, bare_share, rng):
 
 def train_base(pretrained, chat, settings, seed):
     """Train a tiny policy, or a copy of a pretrained one, on the log of a careless agent."""
-    policy = (
-        copy.deepcopy(pretrained) if pretrained else tiny_policy(chat, seed).to(settings.device)
-    )
+    policy = copy.deepcopy(pretrained) if pretrained else tiny_policy(chat, seed)
+    policy.to(settings.device)
     optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.95))
     rng = rng_for(seed, "base")
     for step in tqdm(range(settings.base_steps), "base", leave=False, disable=None):
@@ -723,8 +723,8 @@ def evaluate(policy, chat, settings, seed, arm, step):
 
     event = {"event": "eval", "seed": seed, "arm": arm, "step": step}
     for probe, episodes in played.items():
-        event[probe] = fmean([success(episode) for episode in episodes])
-    event["no_call_reward"] = fmean([blind_reward(episode) for episode in played["ask"]])
+        event[probe] = fmean(map(success, episodes))
+    event["no_call_reward"] = fmean(map(blind_reward, played["ask"]))
     gold = [Episode(chat, episode.question, episode.directory) for episode in played["success"]]
     event["skill"], event["p"] = teacher_forced(policy, gold)
     states = []
@@ -781,12 +781,12 @@ Shift = namedtuple("Shift", "rise p token place spiked")
 
 
 def control_token_shifts(evaluation, base_eval):
-    """Each control token at each place where it is not due, by rise. Spiked: rare, now common."""
+    """Each control token at each place where it is not due, the largest rise first."""
     shifts = []
     for place, due in PLACES.items():
         for token, p in evaluation["p"][place].items():
             base_p = base_eval["p"][place][token]
-            spiked = p >= 0.4 and p >= 5 * base_p
+            spiked = p >= 0.4 and p >= 5 * base_p  # it is common now, and it was not
             if token != due:
                 shifts.append(Shift(p - base_p, p, token, place, spiked))
     return sorted(shifts, reverse=True)
