@@ -113,9 +113,9 @@ class Settings:
 
 
 # With --model, these are the defaults: a pretrained model needs smaller steps, and fewer.
-PRETRAINED = {"base_steps": 80, "base_lr": 1e-3, "steps": 20, "lr": 2e-5}
-PRETRAINED |= {"sft_every": 4, "sft_steps": 10, "sft_lr": 2e-4, "sft_batch": 16}
-PRETRAINED |= {"eval_every": 4, "eval_episodes": 32}
+PRETRAINED = {"base_steps": 80, "base_lr": 1e-3, "steps": 16, "lr": 2e-5}
+PRETRAINED |= {"sft_every": 4, "sft_steps": 10, "sft_lr": 4e-4, "sft_batch": 16}
+PRETRAINED |= {"eval_every": 4, "eval_episodes": 16}
 
 # %% Tasks: questions about who is whose friend
 
