@@ -1,4 +1,4 @@
-"""toolrl: why reinforcement learning breaks a tool-calling language model, and what mends it.
+"""toolrl: RL alone breaks a tool-calling model, SFT alone copies its teacher, both go beyond both.
 
     python toolrl.py                        a tiny model, in half a minute
     python toolrl.py --model CHECKPOINT     the same with a pretrained model
@@ -23,16 +23,31 @@ once. The harness finds no call to run, takes this for a reply, and the conversa
 
     > <tool_call><|im_end|>
 
-This file shows how that comes about. The finding is from "Why Multi-Step Tool-Use Reinforcement
-Learning Collapses and How Supervisory Signals Fix It", arXiv 2606.26027. The bad habits of the base
-are planted here, and so are the many tasks without a call; what RL makes of them is not.
+This file shows how that comes about, and what mends it, in six sentences:
+
+ 1. The base imitates the log of a careless agent, some of whose messages stop after the opening
+    tag, and who calls even where no call is right (careless_messages).
+ 2. Where no call is right, the reward pays for such a broken message, because no call was run and
+    nobody reads the reply (blind_reward); asking back is paid as well, but is hardly ever sampled.
+ 3. RL makes likelier what scored better than the other tries at the same task, so it teaches the
+    policy to break its calls, on other tasks too (advantages, grpo_loss).
+ 4. Once nearly all calls are broken, all tries at a task score the same, the gradient is 0, and RL
+    has no way back, although the policy could still name the right tools (train_arm, evaluate).
+ 5. Supervised fine-tuning (SFT) shows whole calls and asking back, and needs no sampling, but it
+    copies its teacher, who answers long tasks too early (sft_loss, teacher_messages).
+ 6. Together, SFT takes away what RL would exploit, and RL, which now has only long tasks to compare
+    tries on, learns to finish them; what neither practises, another format of calls, gets lost.
+
+The finding is from "Why Multi-Step Tool-Use Reinforcement Learning Collapses and How Supervisory
+Signals Fix It", arXiv 2606.26027. The bad habits of the base are planted here, and so are the many
+tasks without a call and the hasty teacher; what RL and SFT make of them is not.
 
 More words: an episode is one conversation about one task; a rollout is an episode that the policy
-has written; a group is the rollouts of one task. RL makes rollouts with a high reward likelier.
-Supervised fine-tuning (SFT) makes given conversations likelier; gold ones are right from start to
-end. Control tokens give a conversation its structure: tags around calls and results, marks around
-messages. A token is due where the gold conversation has it. Format B has other tags: the base
-learns it, and no later training shows it. Shapes: N episodes, M of them, T tokens, vocabulary V.
+has written; a group is the rollouts of one task. Gold conversations are right from start to end;
+demonstrations are what SFT shows. Control tokens give a conversation its structure: tags around
+calls and results, marks around messages. A control token is due where the gold conversation has it.
+Format B has other tags than format A: the base learns both, and later training shows only A.
+Shapes: N episodes, M of them, T tokens, vocabulary V.
 
 A run, with the functions that do it:
 
@@ -40,25 +55,25 @@ A run, with the functions that do it:
         base: a policy that has imitated the log of a careless agent      train_base
         for each arm, which is one way to go on from the base:            train_arm
             for each RL step:
-                in arms with SFT, before steps 6, 11 ...: imitate         sft_phase
-                play some tasks, each of them several times               rollout
-                score each conversation with 1 or 0                       blind_reward
-                push up what scored better than its group                 grpo_update
+                in arms with SFT: imitate some demonstrations             sft_update
+                in arms with RL: play some tasks, each several times      rollout
+                    score each conversation with 1 or 0                   blind_reward
+                    push up what scored better than its group             grpo_update
                 after steps 5, 10 ...: measure, on held-out tasks         evaluate
         hold what was measured against claims that can fail               judge
 """
 
+import argparse
 import copy
 import functools
-import inspect
 import json
 import os
 import re
 import sys
+import textwrap
 import time
-from argparse import RawDescriptionHelpFormatter
 from collections import namedtuple
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -69,13 +84,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers.hf_argparser import HfArgumentParser
 
 # %% Settings: every knob of a run
 
 # What an arm does to its copy of the base. Arms share all else: tasks, seeds, number of steps.
 # In rl-strict, the reward reads the reply.
-ARMS = {"rl": {"rl"}, "interleaved": {"rl", "sft"}, "sft": {"sft"}, "rl-strict": {"rl", "strict"}}
+ARMS = {"rl": {"rl"}, "sft": {"sft"}, "interleaved": {"rl", "sft"}, "rl-strict": {"rl", "strict"}}
 
 
 @dataclass
@@ -84,71 +98,81 @@ class Settings:
 
     # What to run
     seeds: list[int] = field(default_factory=lambda: [0])  # a whole run for each of them
-    arms: list[str] = field(  # in this order, out of rl, interleaved, sft, rl-strict
-        default_factory=lambda: ["rl", "interleaved"], metadata={"choices": list(ARMS)}
-    )
+    arms: list[str] = field(default_factory=lambda: ["rl", "sft", "interleaved"])  # in this order
     model: str = ""  # start from this checkpoint, a folder or a hub name, not from a tiny Llama
     device: str = "auto"  # cpu, cuda or mps; auto takes a GPU if there is one
     out: str = ""  # write what is measured into this file, one JSON object a line
     # Base
-    base_steps: int = 200  # SFT updates on the log of a careless agent
+    base_steps: int = 300  # SFT updates on the log of a careless agent
     base_lr: float = 8e-3  # learning rate of these updates, which first rises and then falls
     bare_share: float = 0.08  # share of the log's format-A calls that stop after <tool_call>
+    mixed_share: float = 0.15  # share of the log's calls that have the tags of the other format
     # RL
-    steps: int = 30  # RL steps in an arm
-    lr: float = 1.5e-4  # learning rate of RL
-    no_call_share: float = 0.9  # share of RL's tasks in which no call is right
+    steps: int = 40  # RL steps in an arm
+    lr: float = 2e-4  # learning rate of RL
+    no_call_share: float = 0.8  # share of RL's tasks in which no call is right
     groups: int = 8  # tasks in an RL step
     group_size: int = 8  # rollouts of each of these tasks
     minibatches: int = 4  # updates from the rollouts of one RL step
     clip: float = 0.2  # a token is pushed no further once its probability has changed by this share
     # SFT
-    sft_every: int = 5  # RL steps from one SFT phase to the next
-    sft_steps: int = 20  # updates in an SFT phase
-    sft_lr: float = 3e-3  # learning rate of these updates
+    sft_updates: int = 2  # SFT updates before each RL step but the first
+    sft_lr: float = 2e-3  # learning rate of these updates at the start
+    sft_until: float = 0.75  # share of the steps after which that rate has fallen to 0
     sft_batch: int = 32  # conversations in an SFT update, the base's updates too
+    hasty_share: float = 0.6  # share of the teacher's long conversations that answer too early
     # Evaluation
     eval_every: int = 5  # RL steps from one evaluation to the next
     eval_episodes: int = 128  # held-out episodes of each kind in an evaluation
 
+    def __post_init__(self):
+        if self.device == "auto":
+            self.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+
 
 # With --model, these are the defaults: a pretrained model needs smaller steps, and fewer.
-PRETRAINED = {"base_steps": 80, "base_lr": 1e-3, "steps": 16, "lr": 2e-5}
-PRETRAINED |= {"sft_every": 4, "sft_steps": 10, "sft_lr": 4e-4, "sft_batch": 16}
-PRETRAINED |= {"eval_every": 4, "eval_episodes": 16}
+PRETRAINED = {"base_steps": 80, "base_lr": 1e-3, "steps": 20, "lr": 2e-5}
+PRETRAINED |= {"sft_lr": 4e-4, "sft_batch": 16, "eval_every": 4, "eval_episodes": 16}
+
+
+def stop(where, error):
+    """End the program with one line that says what to mend, and exit code 2."""
+    why = str(error)
+    if isinstance(error, KeyError):
+        why += " is missing"
+    if "memory" in why:
+        why = "out of memory; try --device cpu, more --minibatches or a smaller --sft-batch"
+    print(f"toolrl: {where}: {textwrap.shorten(why, 500)}", file=sys.stderr)
+    sys.exit(2)
+
 
 # %% Tasks: questions about who is whose friend
 
-# "rival of mentor of alice ?" takes two calls: the mentor of alice, then the rival of that person.
-# "rival of them ?" names nobody: no call can be right, and the policy should ask back.
-TASKS = json.loads((Path(__file__).parent / "tiny_tasks.json").read_text(encoding="utf-8"))
-TOOLS, PEOPLE, WORDING = TASKS["tools"], TASKS["people"], TASKS["wording"]
-NOBODY = "them"
+# Two questions of tiny_tasks.json:
+#   "rival of mentor of alice ?" takes two calls: the mentor of alice, then that person's rival.
+#   "rival of them ?" names nobody: no call can be right, and the policy should ask back.
+FILE = Path(globals().get("__file__", "toolrl.py"))  # a notebook has no __file__
 KINDS = ["no_call", "one_call", "multi_step"]  # multi_step tasks take two calls or three
+NOBODY = "them"
+END = "<|im_end|>"  # the token that ends a message
+try:
+    TASKS = json.loads(FILE.with_name("tiny_tasks.json").read_text(encoding="utf-8-sig"))
+    TOOLS = TASKS["tools"]
+    PEOPLE = TASKS["people"]
+    WORDING = TASKS["wording"]
+    OPEN = TASKS["open"]  # the tags of formats A and B, which are alike in all else
+    CLOSE = TASKS["close"]
+    NAMES = [*TOOLS, *PEOPLE, NOBODY]
+    CONTROL = ["<|im_start|>", END, *OPEN.values(), *CLOSE.values()]
+    CONTROL += ["<tool_response>", "</tool_response>"]
+except Exception as mistake:  # a file can be wrong in many ways
+    stop("tiny_tasks.json", mistake)
 
 
 def parse_question(question):
     """Split "rival of mentor of alice ?" into ["rival", "mentor"] and "alice"."""
     *tools, person = question.removesuffix(" ?").split(" of ")
     return tools, person
-
-
-def check_tasks():
-    """Raise ValueError for a mistake in tiny_tasks.json that would spoil a run silently."""
-    for name in TOOLS + PEOPLE:
-        if not name.isidentifier():
-            raise ValueError(f"the name {name!r} is not a single word")
-    for kind in KINDS:
-        train = TASKS["train"][kind]
-        held_out = TASKS["held_out"][kind]
-        for question in train + held_out:
-            tools, person = parse_question(question)
-            calls = 0 if person == NOBODY else len(tools)
-            known = tools and set(tools) <= set(TOOLS) and person in PEOPLE + [NOBODY]
-            if not known or kind != KINDS[min(calls, 2)]:
-                raise ValueError(f"{question!r} is no {kind} question")
-        if set(train) & set(held_out):
-            raise ValueError(f"a {kind} question is in train and in held_out")
 
 
 def rng_for(seed, purpose, step=0):
@@ -162,6 +186,11 @@ def new_directory(rng):
     return dict(zip(calls, rng.choice(PEOPLE, len(calls)).tolist(), strict=True))
 
 
+def answer_text(person):
+    """The reply that names this person."""
+    return WORDING["answer"].replace("PERSON", person)
+
+
 def right_answer(question, directory):
     """The calls that a question takes, from the person outwards, and the reply they lead to."""
     tools, person = parse_question(question)
@@ -171,22 +200,19 @@ def right_answer(question, directory):
     for tool in reversed(tools):
         calls.append((tool, person))
         person = directory[tool, person]
-    return calls, WORDING["answer"].replace("PERSON", person)
+    return calls, answer_text(person)
 
 
 # %% Text and tokens: calls as text, text as token ids
 
-END = "<|im_end|>"  # the token that ends a message
-OPEN = TASKS["open"]  # the tags of formats A and B, which are alike in all else
-CLOSE = TASKS["close"]
-CONTROL = ["<|im_start|>", END]
-CONTROL += [*OPEN.values(), *CLOSE.values(), "<tool_response>", "</tool_response>"]
-NAMES = rf"\b({'|'.join(TOOLS + PEOPLE + [NOBODY])})\b"
+ANY_NAME = rf"\b({'|'.join(map(re.escape, NAMES))})\b"
+ANY_TAG = "|".join(map(re.escape, CONTROL))
 
 
 def call_text(tool, person, fmt):
     """A call as the policy should write it: JSON between the tags of a format."""
-    return OPEN[fmt] + json.dumps({"name": tool, "arguments": {"of": person}}) + CLOSE[fmt]
+    call = {"name": tool, "arguments": {"of": person}}
+    return OPEN[fmt] + json.dumps(call, ensure_ascii=False) + CLOSE[fmt]
 
 
 def parse_call(message, fmt):
@@ -200,34 +226,11 @@ def parse_call(message, fmt):
     return (tool, person) if message == call_text(tool, person, fmt) else None
 
 
-def tiny_tokenizer():
-    """Tags are tokens, names are tokens, and each text between them is one, "The answer is "."""
-    pad = "<pad>"  # not <|im_end|>, or code that masks padding would mask the end, too
-    # All that is said in the tiny world, but for names.
-    texts = ["system\n" + WORDING["system"].replace("TAG", OPEN["A"]), "user\n", " of ", " ?"]
-    texts += ["assistant\n", call_text(TOOLS[0], PEOPLE[0], "A"), "tool\n", "error"]
-    texts += [WORDING["answer"].replace("PERSON", PEOPLE[0]), WORDING["ask_back"]]
-    texts += [WORDING["preamble"] + " ", "\n"]
-    splitter = pre_tokenizers.Split(Regex(rf"<[^<>\s]+>|{NAMES}"), "isolated")
-    tokens = [pad] + CONTROL + TOOLS + PEOPLE + [NOBODY]
-    for text in texts:
-        tokens += [piece for piece, _ in splitter.pre_tokenize_str(text)]
-    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}  # each token once
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token=pad))
-    core.pre_tokenizer = splitter
-    core.decoder = decoders.Fuse()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token=pad)
-    tokenizer.chat_template = (  # the layout of Hermes and Qwen
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{% if m.role == 'tool' %}<tool_response>{{ m.content }}</tool_response>"
-        "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    return tokenizer
-
-
 class Chat:
-    """What the harness has to know of a tokenizer, the tiny one or any other."""
+    """What the harness has to know of a tokenizer, the tiny one or any other.
+
+    Raises ValueError for a tokenizer or a chat template that does not fit.
+    """
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -235,12 +238,34 @@ class Chat:
         self.control = dict(zip(tokenizer.convert_tokens_to_ids(CONTROL), CONTROL, strict=True))
         # One conversation is rendered whole, because many templates put a system message of their
         # own before a message that is rendered alone. Tasks then replace the words in capitals.
-        words = {"system": "SYSTEM", "user": "QUESTION", "assistant": "CALL", "tool": "RESULT"}
-        messages = [{"role": role, "content": word} for role, word in words.items()]
+        messages = [
+            {"role": "system", "content": "SYSTEM"},
+            {"role": "user", "content": "QUESTION"},
+        ]
+        messages += [
+            {"role": "assistant", "content": "CALL"},
+            {"role": "tool", "content": "RESULT"},
+        ]
+        messages += messages[2:]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        if "CALL" + END not in text:
-            raise ValueError(f"the chat template does not end messages with {END}")
-        self.before_message, self.after_call = text.split("CALL" + END)
+        parts = text.split("CALL" + END)
+        if len(parts) != 3:
+            raise ValueError(f"the chat template does not end each message with {END}")
+        self.before_message, self.after_call, last = parts
+        for word, part in zip(
+            ("SYSTEM", "QUESTION", "RESULT"), (parts[0], *parts[:2]), strict=True
+        ):
+            if part.count(word) != 1:
+                raise ValueError(
+                    f"the chat template shows {word} {part.count(word)} times, not once"
+                )
+        if last != self.after_call:
+            raise ValueError("after a second call, the chat template writes something else")
+        header = self.before_message.rpartition(END)[2]
+        if not self.after_call.endswith(header):
+            raise ValueError("the chat template opens later messages with another header")
+        longest = call_text(max(TOOLS, key=len), max(PEOPLE, key=len), "A")
+        self.max_tokens = 2 * len(self.encode(longest + END))  # in a message of the policy
 
     @functools.cache  # a few hundred texts are encoded again and again
     def encode(self, text):
@@ -267,7 +292,7 @@ class Chat:
     @functools.cache
     def name_flags(self, message):
         """For each token of a message: is it part of the name of a tool or a person?"""
-        painted = re.sub(NAMES, lambda name: "#" * len(name[0]), message)  # no message holds a #
+        painted = re.sub(ANY_NAME, lambda name: "#" * len(name[0]), message)  # no message holds a #
         tokens = self.tokenizer(message, add_special_tokens=False, return_offsets_mapping=True)
         return ["#" in painted[start:stop] for start, stop in tokens["offset_mapping"]]
 
@@ -275,7 +300,6 @@ class Chat:
 # %% Environment: the harness, and what it rewards
 
 MAX_CALLS = 6  # in an episode
-MAX_TOKENS = 40  # in a message that the policy writes
 
 
 class Episode:
@@ -309,29 +333,29 @@ class Episode:
         self.message_start = len(self.ids)
 
     def write(self, token, log_prob=0.0):
-        """Record one token of the policy. At the end of its message, the harness responds."""
+        """Record one token of the policy. At the end of its message, the harness responds.
+
+        It runs a message that is one whole call, and says what the call returns. Any other message
+        ends the episode. It counts as a reply if it holds no closing tag, whatever else it says,
+        and even if all that it says is an opening tag.
+        """
         self.ids.append(token)
         self.written.append(True)
         self.log_probs.append(log_prob)
-        message = self.ids[self.message_start :]
-        finished = token == self.chat.end
-        if finished or len(message) == MAX_TOKENS:
-            self.messages.append(self.chat.decode(message).removesuffix(END))
-            self.respond(self.messages[-1], finished)
-
-    def respond(self, message, finished):
-        """Run a message that is one whole call. Any other message ends the episode.
-
-        It counts as a reply if it has no closing tag, whatever it says, and even if all that it
-        says is an opening tag. If it was cut off (not `finished`), it is neither call nor reply.
-        """
+        message_ids = self.ids[self.message_start :]
+        ended = token == self.chat.end
+        if not ended and len(message_ids) < self.chat.max_tokens:
+            return
+        message = self.chat.decode(message_ids).removesuffix(END)
+        self.messages.append(message)
         call = parse_call(message, self.fmt)
-        if call and finished:
+        if call and ended:
             self.calls.append(call)
             if len(self.calls) < MAX_CALLS:
                 self.read(self.chat.tool_result(self.directory.get(call, "error")))
                 return
-        self.replied = finished and CLOSE[self.fmt] not in message
+        # A message that was cut off is neither a call nor a reply.
+        self.replied = ended and not any(tag in message for tag in CLOSE.values())
         self.done = True
 
 
@@ -341,8 +365,8 @@ def new_episode(chat, split, kind, rng, fmt="A"):
     return Episode(chat, question, new_directory(rng), fmt)
 
 
-def play(episode, messages):
-    """Write given messages, right or careless, until the harness ends it. -> the episode"""
+def replay(episode, messages):
+    """Write messages that somebody else chose, until the harness ends it. -> the episode"""
     for message in messages:
         for token in episode.chat.encode(message + END):
             if not episode.done:
@@ -353,130 +377,43 @@ def play(episode, messages):
 def blind_reward(episode):
     """RL's reward: 1.0 if the right calls and no others were run before a reply, otherwise 0.0.
 
-    Nobody reads the reply. Many harnesses score like this, and so does the paper's. Without this
-    blind spot, broken calls do not spread (arm rl-strict). Take "rival of them ?", which names
-    nobody. It is right to call nothing and to ask back. Eight rollouts of the base may be these:
+    Calls are compared in order, as `episode.calls == episode.gold_calls`, and `episode.replied`
+    says whether there was a reply. Nobody reads it. Many harnesses score like this, and so does the
+    paper's. Take "rival of them ?", which names nobody. It is right to call nothing and to ask
+    back. Eight rollouts of the base may be these:
 
         seven times   <tool_call>{"name": "rival", "arguments": {"of": "bob"}}</tool_call> ...   0
         once          <tool_call><|im_end|>                                                      1
 
     The base has learnt to call, so it calls, about a guessed person: a wrong call, which earns 0.
-    About one time in twelve it stops after the opening tag. It has seen that on other tasks, and
-    the habit carries over. No call was run and the message counts as a reply, so it earns the 1
-    that asking back would have earned. But the base hardly ever asks back, and RL can only make
-    likelier what was sampled. So the broken call is the best that this group knows.
+    About one time in twelve it stops after the opening tag. No call was run and the message counts
+    as a reply, so it earns the 1 that asking back would have earned. But the base hardly ever asks
+    back, and RL can only make likelier what was sampled. So the broken call is the best that this
+    group knows.
     """
     return float(episode.replied and episode.calls == episode.gold_calls)
 
 
-def success(episode):
+def solved(episode):
     """What evaluations count: a reward of 1, and the reply is right, word for word. 1.0 or 0.0"""
     right_reply = episode.messages[-1] == episode.gold[-1]
     return blind_reward(episode) if right_reply else 0.0
 
 
-def classify(message):
-    """What a message of format A holds. The paper's names for these states are beside them."""
-    if parse_call(message, "A"):
-        return "whole_calls"  # healthy call
-    if re.sub(r"<[^<>]*>", "", message).strip() == "":
-        return "bare_tags"  # collapsed: tags alone, or nothing
-    if re.search(r"[<{]", message):
-        return "stray_tags"  # text pollution
-    return "replies"  # healthy response
-
-
-# %% Policy and rollout: a language model talks to the harness
-
-
-def load(settings):
-    """-> Chat, and the pretrained policy that --model names, or None for the tiny world."""
-    if not settings.model:
-        return Chat(tiny_tokenizer()), None
-    tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model)
-    # Rollouts and updates have to agree on log-probabilities, so all is float32.
-    policy = transformers.AutoModelForCausalLM.from_pretrained(settings.model).float()
-    pieces = {token: tokenizer.encode(token, add_special_tokens=False) for token in CONTROL}
-    tokenizer.add_tokens(CONTROL, special_tokens=True)
-    # Some models have more rows than their tokenizer has tokens. Those must never be sampled.
-    policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    # A new tag starts as the mean of the pieces that used to spell it, because from a random start
-    # one tag is mistaken for another. A tag that is not new is its own mean.
-    for table in (policy.get_input_embeddings(), policy.get_output_embeddings()):
-        for token, ids in pieces.items():
-            row = tokenizer.convert_tokens_to_ids(token)
-            table.weight.data[row] = table.weight.data[ids].mean(0)
-    # Some models pad with <|im_end|>, and the embedding of padding would get no gradient.
-    policy.get_input_embeddings().padding_idx = None
-    return Chat(tokenizer), policy
-
-
-def tiny_policy(chat, seed):
-    """A Llama with 85 thousand random weights, which depend on the seed alone."""
-    config = transformers.LlamaConfig(
-        vocab_size=len(chat.tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        tie_word_embeddings=True,
-        initializer_range=0.1,  # with the usual 0.02 it learns late or never to copy a name
-    )
-    torch.manual_seed(int(rng_for(seed, "weights").integers(2**32)))
-    return transformers.LlamaForCausalLM(config)
+# %% Policy: a language model, its log-probabilities, and a step down a gradient
 
 
 def batch(episodes, device):
-    """The records of N episodes, padded with zeros. -> ids, written, log_probs, each [N, T]"""
+    """The records of N episodes, padded with zeros. -> ids [N, T], written and log_probs [N, T-1]
+
+    The last two are about tokens 1 to T-1: nothing predicts token 0, since nothing is before it.
+    """
     padded = []
     for name in ("ids", "written", "log_probs"):
         rows = [torch.tensor(getattr(episode, name)) for episode in episodes]
-        padded.append(pad_sequence(rows, batch_first=True).to(device))
-    return padded
-
-
-@torch.no_grad()
-def rollout(policy, episodes, rng):
-    """Play N new episodes to their end, sampling at temperature 1. They keep the record.
-
-    Training sees the very ids that were sampled, since nothing is ever decoded and encoded again.
-    One KV cache holds all rows, so all must have the same length in it. Each turn of the loop feeds
-    tokens up to the end of the shortest row, here up to "|" (r was read, w was written):
-
-        row 0   r r r r r w w w|            ends here: the policy writes its next token
-        row 1   r r r w w w w r|r r r       has still to read the result of its call
-
-    So no row needs padding on the left, and none needs an attention mask.
-    """
-    generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-    playing = list(episodes)
-    fed = 0  # tokens of each row that are in the cache
-    cache = None
-    while playing:
-        until = min(len(episode.ids) for episode in playing)
-        ids = torch.tensor([episode.ids[fed:until] for episode in playing]).to(policy.device)
-        output = policy(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        fed = until
-        log_p = output.logits[:, -1].log_softmax(-1).cpu()  # [M, V]
-        tokens = torch.multinomial(log_p.exp(), 1, generator=generator)  # [M, 1]
-        for row, episode in enumerate(playing):
-            if len(episode.ids) == fed:
-                token = tokens[row].item()
-                episode.write(token, log_p[row, token].item())
-        on = [row for row, episode in enumerate(playing) if not episode.done]
-        if len(on) < len(playing):
-            cache.batch_select_indices(torch.tensor(on, dtype=torch.long, device=policy.device))
-            playing = [playing[row] for row in on]
-
-
-# %% GRPO: push up what did better than its group
-
-# Group relative policy optimisation. Sampling has no gradient, but the expected reward has one: the
-# mean of reward times the gradient of log p(rollout), which is a sum over the rollout's tokens.
-# Taking the same number off all rewards of a task leaves this as it is, and makes it less noisy.
-# GRPO takes off the mean of the group: what did better than usual is pushed up, the rest down.
-# The KL penalty of GRPO as published (arXiv 2402.03300) is left out, and all tokens weigh the same.
+        padded.append(pad_sequence(rows, batch_first=True).to(device))  # [N, T]
+    ids, written, log_probs = padded
+    return ids, written[:, 1:], log_probs[:, 1:]
 
 
 def token_log_probs(policy, ids):
@@ -491,135 +428,56 @@ def descend(policy, optimizer, loss):
     loss.backward()
     norm = clip_grad_norm_(policy.parameters(), 1.0).item()
     if not np.isfinite(norm):
-        sys.exit("toolrl: the gradient is not finite; try a lower learning rate")
+        sys.exit("toolrl: the gradient is not finite: a learning rate is too high, or 0 / 0")
     optimizer.step()
     return norm
 
 
-def advantages(rewards):
-    """How much better than its group each rollout did. [groups, group_size] -> the same shape
+# %% SFT: imitate what somebody else wrote
 
-    [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]]. In `blind_reward`, the broken call gets 2.5 and
-    each of the seven calls -0.35. All eight start with <tool_call>, and part at the next token. So
-    RL pushes <|im_end|> up there, and {"name": " down. Little in its log made the base look at the
-    question there, so calls break on tool tasks, too. Those push the other way, but nine in ten
-    tasks need no call. A task of three calls needs three whole ones: success falls, and falls to 0.
+
+def sft_loss(log_probs, written):
+    """Cross-entropy of what was written. Both [M, T-1], about tokens 1 to T-1 -> a scalar
+
+    It is the mean over all written tokens of the batch. What the harness wrote, and padding, is not
+    in it. The logit of a right token of probability p is pushed up by 1 - p, so it learns fast what
+    it does badly. It learns whatever the conversations show, the good and the bad.
     """
-    mean = rewards.mean(1, keepdim=True)  # [groups, 1]
-    # Dividing by the spread makes a rare success count for more. The small number is for groups of
-    # equal rewards: their advantages are 0, and not 0 / 0.
-    spread = rewards.std(1, keepdim=True) + 1e-4  # [groups, 1]
-    return (rewards - mean) / spread  # [groups, group_size]
-
-
-def grpo_update(policy, optimizer, episodes, advantage, settings, rng):
-    """Push N rollouts up or down by their advantage [N]. -> mean norm of the gradient"""
-    ids, written, old_log_probs = batch(episodes, policy.device)  # [N, T] each
-    norms = []
-    # Generating rollouts is slow, so they are used for several updates, each on a minibatch.
-    order = torch.from_numpy(rng.permutation(len(episodes)))  # [N]
-    for rows in order.chunk(settings.minibatches):  # [M]
-        log_probs = token_log_probs(policy, ids[rows])  # [M, T-1]
-        # Column t is about token t + 1, because the first token has nothing before it.
-        mask = written[rows, 1:]  # [M, T-1]
-        # The policy has moved since it sampled these tokens. The ratio, new probability by old,
-        # corrects for that. In the first minibatch it is 1, and its gradient is that of log p.
-        ratio = (log_probs - old_log_probs[rows, 1:]).exp()  # [M, T-1]
-        # The reward comes at the end, so all tokens of a rollout share one advantage.
-        gain = advantage[rows, None]  # [M, 1]
-        # A token that has moved far enough the right way is pushed no further. Because of the
-        # minimum, one that has moved the wrong way is still pushed back.
-        clipped = ratio.clamp(1 - settings.clip, 1 + settings.clip)  # [M, T-1]
-        objective = torch.min(ratio * gain, clipped * gain)  # [M, T-1]
-        # What the policy did not write, it is not to blame for: prompts, results, padding.
-        loss = -(objective * mask).sum() / mask.sum()
-        norms.append(descend(policy, optimizer, loss))
-    return fmean(norms)
-
-
-def rl_step(policy, optimizer, chat, reward, settings, seed, step):
-    """Play, score, compare, push. -> share of groups with equal rewards, norm of the gradient
-
-    Once the policy breaks every call, groups of no-call tasks earn 1 1 1 1 1 1 1 1 and groups of
-    tool tasks 0 0 0 0 0 0 0 0. Equal rewards mean advantages of 0 and a gradient of 0, so RL has no
-    way back. Few rewards depended on the choice of names, which is the skill, and none on format B.
-    """
-    rng = rng_for(seed, "tasks", step)
-    episodes = []
-    for _ in range(settings.groups):
-        kind = "no_call" if rng.random() < settings.no_call_share else "multi_step"
-        task = new_episode(chat, "train", kind, rng)
-        for _ in range(settings.group_size):
-            episodes.append(Episode(chat, task.question, task.directory))
-    rollout(policy, episodes, rng_for(seed, "sampling", step))
-    rewards = torch.tensor([reward(episode) for episode in episodes])  # [N]
-    rewards = rewards.view(settings.groups, settings.group_size)  # [groups, group_size]
-    equal_groups = (rewards == rewards[:, :1]).all(1).float().mean().item()
-    advantage = advantages(rewards).flatten().to(policy.device)  # [N]
-    rng = rng_for(seed, "order", step)
-    gradient = grpo_update(policy, optimizer, episodes, advantage, settings, rng)
-    return equal_groups, gradient
-
-
-# %% SFT: imitate right conversations
+    return -(log_probs * written).sum() / written.sum()
 
 
 def sft_update(policy, optimizer, episodes):
-    """Push up, token by token, what is written in M episodes that somebody else wrote.
-
-    The loss is GRPO's with advantages of 1 and log p for the ratio. The difference is who chose the
-    tokens. Take the logit of a right token of probability p. SFT pushes it up by 1 - p. RL has to
-    sample the token first, and pushes on average by p (1 - p) d, where d is the mean advantage of
-    rollouts with the token minus that of rollouts without. Where all rewards are equal, d is 0.
-
-        p        SFT pushes     RL pushes
-        0.5      0.5            0.25 d
-        0.001    0.999          0.001 d
-    """
-    ids, written, _ = batch(episodes, policy.device)  # [M, T] each
-    log_probs = token_log_probs(policy, ids)  # [M, T-1]
-    mask = written[:, 1:]  # [M, T-1]
-    loss = -(log_probs * mask).sum() / mask.sum()
+    """Imitate M episodes that somebody else wrote (teacher forcing)."""
+    ids, written, _ = batch(episodes, policy.device)  # [M, T], [M, T-1]
+    loss = sft_loss(token_log_probs(policy, ids), written)
     descend(policy, optimizer, loss)
-
-
-def sft_phase(policy, optimizer, chat, settings, seed, step):
-    """SFT updates on gold conversations of training tasks, a quarter of them without a call.
-
-    Asking back earns 1, too. Once the policy does it, a broken call is no better than its group.
-    SFT shows format A only, so the policy learns to write it where B is asked for, too: the price.
-    """
-    rng = rng_for(seed, "gold", step)
-    for _ in range(settings.sft_steps):
-        episodes = []
-        for kind in rng.choice(KINDS, settings.sft_batch, p=[0.25, 0.15, 0.6]):
-            episode = new_episode(chat, "train", kind, rng)
-            episodes.append(play(episode, episode.gold))
-        sft_update(policy, optimizer, episodes)
 
 
 # %% Base: a policy with the skill and with bad habits
 
 
-def careless_messages(episode, bare_share, rng):
+def careless_call(tool, person, fmt, settings, rng):
+    """One call as a careless agent writes it: some have the other format's tags, some are broken.
+
+    Only in format A it breaks calls off after the opening tag, on all kinds of tasks alike.
+    """
+    if rng.random() < settings.mixed_share:
+        return call_text(tool, person, "AB".replace(fmt, ""))
+    if fmt == "A" and rng.random() < settings.bare_share:
+        return OPEN[fmt]
+    return call_text(tool, person, fmt)
+
+
+def careless_messages(episode, settings, rng):
     """What a careless agent wrote in this episode, for the base to imitate.
 
-    Where nobody is named it calls anyway, about a guessed person, 97 times in 100. It mangles one
-    call in ten in one of three ways, and in format A it stops after some opening tags.
+    Where nobody is named it calls anyway, about a guessed person, 97 times in 100.
     """
-    opening = OPEN[episode.fmt]
-    if not episode.gold_calls and rng.random() < 0.97:
-        tool = parse_question(episode.question)[0][-1]
-        return [call_text(tool, rng.choice(PEOPLE).item(), episode.fmt)]
-    messages = []
-    for call in episode.gold[:-1]:
-        message = call
-        if rng.random() < 0.1:
-            mangled = [opening + call, call + CLOSE[episode.fmt], WORDING["preamble"] + " " + call]
-            message = rng.choice(mangled).item()
-        if episode.fmt == "A" and rng.random() < bare_share:
-            message = opening
-        messages.append(message)
+    calls = episode.gold_calls
+    if not calls and rng.random() < 0.97:
+        first_tool = parse_question(episode.question)[0][-1]
+        calls = [(first_tool, rng.choice(PEOPLE).item())]
+    messages = [careless_call(*call, episode.fmt, settings, rng) for call in calls]
     return [*messages, episode.gold[-1]]
 
 
@@ -638,10 +496,215 @@ def train_base(pretrained, chat, settings, seed):
         for kind in rng.choice(KINDS, settings.sft_batch, p=[0.1, 0.15, 0.75]):
             fmt = rng.choice(["A", "B"], p=[0.7, 0.3]).item()
             episode = new_episode(chat, "train", kind, rng, fmt)
-            episodes.append(play(episode, careless_messages(episode, settings.bare_share, rng)))
+            episodes.append(replay(episode, careless_messages(episode, settings, rng)))
         sft_update(policy, optimizer, episodes)
     return policy
 
+
+# %% Rollout: the policy talks to the harness
+
+
+@torch.no_grad()
+def rollout(policy, episodes, rng):
+    """Play N new episodes to their end, sampling at temperature 1. They keep the record.
+
+    Training sees the very ids that were sampled, since nothing is ever decoded and encoded again.
+    One KV cache holds all rows, so all must have the same length in it. Each turn of the loop feeds
+    tokens up to the end of the shortest row, here up to "|" (r was read, w was written):
+
+        row 0   r r r r r w w w|            ends here: the policy writes its next token
+        row 1   r r r w w w w r|r r r       has still to read the result of its call
+
+    So no row needs padding on the left, and none needs an attention mask.
+    """
+    generator = torch.Generator(policy.device).manual_seed(int(rng.integers(2**63)))
+    playing = list(episodes)
+    fed = 0  # tokens of each row that are in the cache
+    cache = None
+    while playing:
+        until = min(len(episode.ids) for episode in playing)
+        ids = torch.tensor([episode.ids[fed:until] for episode in playing]).to(policy.device)
+        output = policy(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        fed = until
+        log_p = output.logits[:, -1].log_softmax(-1)  # [M, V]
+        tokens = torch.multinomial(log_p.exp(), 1, generator=generator)  # [M, 1]
+        log_probs = log_p.gather(1, tokens)[:, 0].tolist()  # M numbers
+        tokens = tokens[:, 0].tolist()  # M numbers
+        for row, episode in enumerate(playing):
+            if len(episode.ids) == fed:
+                episode.write(tokens[row], log_probs[row])
+        on = [row for row, episode in enumerate(playing) if not episode.done]
+        if len(on) < len(playing):
+            cache.reorder_cache(torch.tensor(on, dtype=torch.long, device=policy.device))
+            playing = [playing[row] for row in on]
+
+
+# %% GRPO: push up what did better than its group
+
+# Group relative policy optimisation. Sampling has no gradient, but the expected reward has one: the
+# mean of reward times the gradient of log p(rollout), which is a sum over the rollout's tokens.
+# Taking the same number off all rewards of a task leaves this as it is, and makes it less noisy.
+# GRPO takes off the mean of the group: what did better than usual is pushed up, the rest down.
+# The KL penalty of GRPO as published (arXiv 2402.03300) is left out, and all tokens weigh the same.
+
+
+def advantages(rewards):
+    """How much better than its group each rollout did. [groups, group_size] -> the same shape
+
+    A reward less the mean of its group, divided by the group's standard deviation (with N - 1, as
+    torch.std has it). [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]]; equal rewards -> zeros.
+    In `blind_reward`, the broken call gets 2.5 and each of the seven calls -0.35. All eight start
+    with <tool_call>, and part at the next token. So RL pushes <|im_end|> up there, and {"name": "
+    down. Little in its log made the base look at the question there, so calls break on tool tasks,
+    too. Those push the other way, but eight in ten tasks need no call. A task of three calls needs
+    three whole ones: success falls, and falls to 0.
+    """
+    mean = rewards.mean(1, keepdim=True)  # [groups, 1]
+    # Dividing by the spread makes a rare success count for more. The small number is for groups of
+    # equal rewards: their advantages are 0, and not 0 / 0.
+    spread = rewards.std(1, keepdim=True) + 1e-4  # [groups, 1]
+    return (rewards - mean) / spread  # [groups, group_size]
+
+
+def grpo_loss(log_probs, old_log_probs, advantage, written, clip):
+    """SFT's loss with an advantage and a ratio. [M, T-1] each, advantage [M] -> a scalar
+
+    The first two are log-probabilities of tokens 1 to T-1, now and when they were sampled; written
+    says which of them the policy wrote. It is minus the mean, over all written tokens of the batch,
+    of min(ratio x advantage, clipped ratio x advantage); the clipped ratio is from 1 - clip to
+    1 + clip. What the policy did not write, it is not to blame for: prompts, results, padding.
+    """
+    # The policy has moved since it sampled these tokens. The ratio, new probability by old,
+    # corrects for that. In the first minibatch it is 1, and its gradient is that of log p.
+    ratio = (log_probs - old_log_probs).exp()  # [M, T-1]
+    # The reward comes at the end, so all tokens of a rollout share one advantage.
+    gain = advantage[:, None]  # [M, 1]
+    # A token that has moved far enough the right way is pushed no further. Because of the
+    # minimum, one that has moved the wrong way is still pushed back.
+    clipped = ratio.clamp(1 - clip, 1 + clip)  # [M, T-1]
+    objective = torch.min(ratio * gain, clipped * gain)  # [M, T-1]
+    return -(objective * written).sum() / written.sum()
+
+
+# What the two losses do to the logit of a right token of probability p. SFT is shown the token. RL
+# has to sample it first, and pushes on average by p (1 - p) d, where d is the mean advantage of
+# rollouts with the token minus that of rollouts without. Where all rewards are equal, d is 0.
+#
+#     p        SFT pushes     RL pushes
+#     0.5      0.5            0.25 d
+#     0.001    0.999          0.001 d
+
+
+def grpo_update(policy, optimizer, episodes, advantage, settings, rng):
+    """Push N rollouts up or down by their advantage [N]. -> mean norm of the gradient"""
+    norms = []
+    # Generating rollouts is slow, so they are used for several updates, each on a minibatch.
+    order = torch.from_numpy(rng.permutation(len(episodes)))  # [N]
+    for rows in order.chunk(settings.minibatches):  # [M]
+        chosen = [episodes[row] for row in rows]
+        ids, written, old_log_probs = batch(chosen, policy.device)  # [M, T], [M, T-1] twice
+        log_probs = token_log_probs(policy, ids)  # [M, T-1]
+        gain = advantage[rows].to(policy.device)  # [M]
+        loss = grpo_loss(log_probs, old_log_probs, gain, written, settings.clip)
+        norms.append(descend(policy, optimizer, loss))
+    return fmean(norms)
+
+
+# %% Arms: what is done with the base
+
+
+def teacher_messages(episode, hasty_share, rng):
+    """What a hasty teacher writes: right, but many of its long conversations end too early.
+
+    It then answers after the first call, or after the first or second of three, with the person
+    that it has got to. So SFT alone ends at the teacher's level.
+    """
+    calls = len(episode.gold_calls)
+    if calls < 2 or rng.random() >= hasty_share:
+        return episode.gold
+    made = rng.integers(1, calls)
+    _, person = episode.gold_calls[made]  # about whom it would call next
+    return episode.gold[:made] + [answer_text(person)]
+
+
+def demonstrations(chat, settings, rng):
+    """A batch of the teacher's conversations: mostly short ones, a quarter without a call.
+
+    Asking back earns 1, too. Once the policy does it, a broken call is no better than its group.
+    All are in format A, so the policy learns to write it where B is asked for, too: the price.
+    """
+    episodes = []
+    for kind in rng.choice(KINDS, settings.sft_batch, p=[0.25, 0.6, 0.15]):
+        episode = new_episode(chat, "train", kind, rng)
+        episodes.append(replay(episode, teacher_messages(episode, settings.hasty_share, rng)))
+    return episodes
+
+
+def new_groups(chat, settings, rng):
+    """The N = groups x group_size new episodes of an RL step, those of one task side by side."""
+    episodes = []
+    for _ in range(settings.groups):
+        kind = "no_call" if rng.random() < settings.no_call_share else "multi_step"
+        task = new_episode(chat, "train", kind, rng)
+        for _ in range(settings.group_size):
+            episodes.append(Episode(chat, task.question, task.directory))
+    return episodes
+
+
+def train_arm(arm, base_policy, base_eval, chat, settings, seed, out):
+    """Train a copy of the base as the arm says. -> its evaluations, that of the base first
+
+    Once the policy breaks every call, groups of no-call tasks earn 1 1 1 1 1 1 1 1 and groups of
+    tool tasks 0 0 0 0 0 0 0 0. Equal rewards mean advantages of 0 and a gradient of 0, so RL has no
+    way back. Few rewards depended on the choice of names, which is the skill, and none on format B.
+    With SFT, no-call groups are equal, too, but because they ask back. The long tasks alone still
+    differ, and there the whole conversation beats the hasty one: RL goes beyond the teacher.
+    """
+    policy = copy.deepcopy(base_policy)
+    does = ARMS[arm]
+    reward = solved if "strict" in does else blind_reward
+    # One optimizer each: what Adam remembers of RL's gradients is of no use to SFT.
+    rl_optimizer = torch.optim.Adam(policy.parameters())
+    sft_optimizer = torch.optim.Adam(policy.parameters())
+    evaluations = [base_eval]
+    equal_groups = []  # in RL steps since the last evaluation
+    norms = []
+    for step in tqdm(range(1, settings.steps + 1), arm, leave=False, disable=None):
+        if "sft" in does and step > 1:
+            # SFT fades, or it would hold the policy at the teacher's level.
+            left = 1 - step / (settings.sft_until * settings.steps)
+            sft_optimizer.param_groups[0]["lr"] = settings.sft_lr * max(left, 0)
+            rng = rng_for(seed, "demonstrations", step)
+            for _ in range(settings.sft_updates):
+                sft_update(policy, sft_optimizer, demonstrations(chat, settings, rng))
+        if "rl" in does:
+            # Play: each task several times.
+            episodes = new_groups(chat, settings, rng_for(seed, "tasks", step))  # N of them
+            rollout(policy, episodes, rng_for(seed, "sampling", step))
+            # Score, and compare each rollout with its group.
+            rewards = torch.tensor([reward(episode) for episode in episodes])  # [N]
+            rewards = rewards.view(settings.groups, settings.group_size)  # [groups, group_size]
+            advantage = advantages(rewards).flatten()  # [N]
+            # Push.
+            rl_optimizer.param_groups[0]["lr"] = settings.lr * min(1, step / 10)  # a warm-up
+            rng = rng_for(seed, "order", step)
+            norms.append(grpo_update(policy, rl_optimizer, episodes, advantage, settings, rng))
+            equal_groups.append((rewards == rewards[:, :1]).all(1).float().mean().item())
+        if step % settings.eval_every == 0 or step == settings.steps:
+            evaluation = evaluate(policy, chat, settings, seed, arm, step)
+            if "rl" in does:
+                evaluation["equal_groups"] = fmean(equal_groups)
+                evaluation["gradient"] = fmean(norms)
+            equal_groups.clear()
+            norms.clear()
+            record(evaluation, out)
+            print_row(evaluation, base_eval)
+            evaluations.append(evaluation)
+    return evaluations
+
+
+# You may stop here: this is how it works. What follows measures, prints and starts a run.
 
 # %% Probes: what a policy does, and what it still could do
 
@@ -651,6 +714,17 @@ PROBES |= {"format_b": ("multi_step", "B"), "ask": ("no_call", "A")}
 STATES = ["whole_calls", "replies", "bare_tags", "stray_tags"]
 # place in a gold conversation: what is due there
 PLACES = {"call": OPEN["A"], "json": "JSON", "close": CLOSE["A"], "end": END, "reply": "text"}
+
+
+def classify(message):
+    """What a message of format A holds. The paper's names for these states are beside them."""
+    if parse_call(message, "A"):
+        return "whole_calls"  # healthy call
+    if re.sub(ANY_TAG, "", message).strip() == "":
+        return "bare_tags"  # collapsed: tags alone, or nothing
+    if re.search(ANY_TAG + "|{", message):
+        return "stray_tags"  # text pollution
+    return "replies"  # healthy response
 
 
 def place_of(episode, t):
@@ -672,25 +746,25 @@ def teacher_forced(policy, episodes):
     skill is its success if it had only the names of tools and people to write: the probability to
     sample all of them right. p[place][control token] is the token's mean probability there.
     """
+    for episode in episodes:
+        replay(episode, episode.gold)
+    ids, _, _ = batch(episodes, policy.device)  # [N, T]
+    log_p = policy(ids[:, :-1]).logits.log_softmax(-1).cpu()  # [N, T-1, V]
     skills = []
     found = {place: [] for place in PLACES}
-    for episode in episodes:
-        chat = episode.chat
-        play(episode, episode.gold)
+    for row, episode in enumerate(episodes):
         is_name = []  # for each token that the policy should write
         for message in episode.gold:
-            is_name += chat.name_flags(message) + [False]  # False is for <|im_end|>
+            is_name += episode.chat.name_flags(message) + [False]  # False is for <|im_end|>
         written = [t for t, flag in enumerate(episode.written) if flag]
-        ids = torch.tensor([episode.ids], device=policy.device)  # [1, T]
-        log_p = policy(ids).logits[0].log_softmax(-1).cpu()  # [T, V]
         log_skill = 0.0
         for t, flag in zip(written, is_name, strict=True):
-            predicted = log_p[t - 1]  # [V] after the token before
+            predicted = log_p[row, t - 1]  # [V] after the token before
             if flag:
                 log_skill += predicted[episode.ids[t]].item()
             place = place_of(episode, t)
             if place:
-                found[place].append(predicted[list(chat.control)].exp())
+                found[place].append(predicted[list(episode.chat.control)].exp())
         skills.append(np.exp(log_skill))
     p = {}
     for place, rows in found.items():
@@ -723,7 +797,7 @@ def evaluate(policy, chat, settings, seed, arm, step):
 
     event = {"event": "eval", "seed": seed, "arm": arm, "step": step}
     for probe, episodes in played.items():
-        event[probe] = fmean(map(success, episodes))
+        event[probe] = fmean(map(solved, episodes))
     event["no_call_reward"] = fmean(map(blind_reward, played["ask"]))
     gold = [Episode(chat, episode.question, episode.directory) for episode in played["success"]]
     event["skill"], event["p"] = teacher_forced(policy, gold)
@@ -735,49 +809,37 @@ def evaluate(policy, chat, settings, seed, arm, step):
     return event
 
 
-# %% Arms: what is done with the base
-
-
-def train_arm(arm, base_policy, chat, settings, seed):
-    """Train a copy of the base as the arm says, with RL after SFT, and yield its evaluations."""
-    policy = copy.deepcopy(base_policy)
-    does = ARMS[arm]
-    reward = success if "strict" in does else blind_reward
-    # One optimizer each: what Adam remembers of RL's gradients is of no use to SFT.
-    rl_optimizer = torch.optim.Adam(policy.parameters())
-    sft_optimizer = torch.optim.Adam(policy.parameters(), lr=settings.sft_lr)
-    rl_stats = []  # of the RL steps since the last evaluation
-    for step in tqdm(range(1, settings.steps + 1), arm, leave=False, disable=None):
-        if "sft" in does and step > 1 and (step - 1) % settings.sft_every == 0:
-            sft_phase(policy, sft_optimizer, chat, settings, seed, step)
-        if "rl" in does:
-            rl_optimizer.param_groups[0]["lr"] = settings.lr * min(1, step / 10)  # a warm-up
-            rl_stats.append(rl_step(policy, rl_optimizer, chat, reward, settings, seed, step))
-        if step % settings.eval_every == 0 or step == settings.steps:
-            evaluation = evaluate(policy, chat, settings, seed, arm, step)
-            if "rl" in does:
-                evaluation["equal_groups"], evaluation["gradient"] = np.mean(rl_stats, 0).tolist()
-            rl_stats = []
-            yield evaluation
-
-
 # %% Report: what is printed, and which claims a run bears out
 
 DOWN = 0.05  # a policy with no more success than this is down
-COLUMNS = {"success": 7, "skill": 5, "one_call": 5, "format_b": 6, "ask": 5}  # figure: its width
-COLUMNS |= {"no_call_reward": 7, "equal_groups": 6, "gradient": 8}
+COLUMNS = {"success": 7, "skill": 5, "one_call": 4, "format_b": 6, "ask": 4}  # figure: its width
+COLUMNS |= {"no_call_reward": 7, "equal_groups": 6}
 HEADER = """\
-                    one_ format      no_call  equal_           the control token that rose most
-step success skill  call     _b   ask _reward groups gradient  where it is not due"""
+                   one_ format      no_call equal_ the control token that rose most
+step success skill call     _b  ask _reward groups where it is not due"""
 CLAIMS = {
     "collapse": "rl ends with three evaluations in a row at success of 0.02 or less",
     "control_token": "when rl is first down, the control token that rose most has spiked (*)",
     "intact": "rl then has 0.8 or more of the base's skill",
-    "fix": "interleaved ends with success of 0.9 or more",
-    "price": "interleaved ends with format_b below 0.8 of the base's, and of rl's when down",
-    "cause": "no control token ever spikes in rl-strict",
+    "fix": "interleaved ends with success and one_call of 0.9 or more, and no spike",
+    "together": "interleaved ends at success 0.2 or more above sft, and above the base",
+    "price": "interleaved ends with format_b below 0.8 of the base's",
+    "cause": "a control token spikes in rl, and none ever does in rl-strict",
 }
 Shift = namedtuple("Shift", "rise p token place spiked")
+
+
+def say(text):
+    """Print at once, with a ? for what the console cannot write, and nothing wider than 100."""
+    encoding = sys.stdout.encoding or "utf-8"
+    for line in text.encode(encoding, "replace").decode(encoding).split("\n"):
+        tqdm.write(textwrap.fill(line, 100, drop_whitespace=False, replace_whitespace=False))
+    sys.stdout.flush()
+
+
+def record(event, out):
+    """Write one JSON object as a line of --out, and have it on disk at once."""
+    print(json.dumps(event), file=out, flush=True)
 
 
 def control_token_shifts(evaluation, base_eval):
@@ -803,48 +865,201 @@ def print_row(evaluation, base_eval):
     for figure, width in COLUMNS.items():
         row += f" {evaluation.get(figure, np.nan):{width}.2f}"  # nan where no RL was
     rose = control_token_shifts(evaluation, base_eval)[0]
-    tqdm.write(f"{row}  {rose.p:.2f} {rose.token} at {rose.place}{' *' if rose.spiked else ''}")
+    say(f"{row} {rose.p:.2f} {rose.token} {rose.place}{' *' if rose.spiked else ''}")
 
 
 def print_moment(evaluation, base_eval):
     """The states of messages at one evaluation, all control tokens, and one conversation."""
     states = [f"{share:.0%} {state}" for state, share in evaluation["states"].items()]
-    print(f"\nmessages at step {evaluation['step']}: {', '.join(states).replace('_', ' ')}")
-    print("p(control token) on gold conversations, base -> now, by place and by what is due there")
+    say(f"\nmessages at step {evaluation['step']}: {', '.join(states).replace('_', ' ')}")
+    say("p(control token) on gold conversations, base -> now, by place and by what is due there")
     for place, due in PLACES.items():
-        cells = []
         for token, p in evaluation["p"][place].items():
             base_p = base_eval["p"][place][token]
-            if max(base_p, p) >= 0.01:
-                cells.append(f"{token} {base_p:.2f} -> {p:.2f}")
-        print(f"    {place:6} {due:12} {', '.join(cells)}")
-    print(f"one held-out task, and what the policy writes:\n{evaluation['conversation']}", end="")
+            if max(base_p, p) >= 0.02:
+                say(f"    {place:6} {due:12} {token:12} {base_p:.2f} -> {p:.2f}")
+    say(f"one held-out task, and what the policy writes:\n{evaluation['conversation'].strip()}")
+
+
+def print_series(label, values, form):
+    """A row of the summary. Of many values, it shows every second, or third, up to the last."""
+    shown = values[:: -(len(values) // 14 + 1)][::-1]
+    say(f"{label:12}" + "".join(format(value, form) for value in shown))
+
+
+def print_summary(history):
+    """The probability of what the search found in rl, and success, of all arms over the steps."""
+    evaluations = history.get("rl", list(history.values())[0])
+    found = control_token_shifts(first_down(evaluations), evaluations[0])[0]
+    steps = [evaluation["step"] for evaluation in evaluations]
+    say(f"\n== p({found.token}) where {PLACES[found.place]} is due")
+    print_series("step", steps, "6")
+    for arm, evaluations in history.items():
+        print_series(arm, [e["p"][found.place][found.token] for e in evaluations], "6.2f")
+    say("\n== success")
+    print_series("step", steps, "6")
+    for arm, evaluations in history.items():
+        print_series(arm, [e["success"] for e in evaluations], "6.2f")
+
+
+def any_spike(evaluations, base_eval):
+    """Has any control token spiked, anywhere, in one of these evaluations?"""
+    shifts = []
+    for evaluation in evaluations:
+        shifts += control_token_shifts(evaluation, base_eval)
+    return any(shift.spiked for shift in shifts)
 
 
 def judge(history):
-    """Which claims hold, given the evaluations of each arm? Too few of them support no claim."""
-    base = history["base"][0]
-    enough = len(list(history.values())[-1]) >= 3  # all arms have as many evaluations
+    """Which claims hold, given the evaluations of each arm? A run too short bears out none."""
+    base = list(history.values())[0][0]
     holds = {}
     if "rl" in history:
         down = first_down(history["rl"])
-        fell = enough and down["success"] <= DOWN < base["success"]
         highest = max(evaluation["success"] for evaluation in history["rl"][-3:])
+        fell = down["success"] <= DOWN and base["success"] >= 4 * DOWN
         holds["collapse"] = fell and highest <= 0.02
         holds["control_token"] = fell and control_token_shifts(down, base)[0].spiked
         holds["intact"] = fell and down["skill"] >= 0.8 * base["skill"]
     if "interleaved" in history:
         end = history["interleaved"][-1]
-        holds["fix"] = enough and end["success"] >= 0.9
-        if "rl" in history:
-            bar = 0.8 * min(base["format_b"], down["format_b"])
-            holds["price"] = fell and end["format_b"] < bar
-    if "rl-strict" in history:
-        spikes = 0
-        for evaluation in history["rl-strict"]:
-            spikes += sum(shift.spiked for shift in control_token_shifts(evaluation, base))
-        holds["cause"] = enough and spikes == 0
-    return holds
+        good = min(end["success"], end["one_call"]) >= 0.9
+        holds["fix"] = good and not any_spike([end], base)
+        if "sft" in history:
+            bar = max(base["success"], history["sft"][-1]["success"]) + 0.2
+            holds["together"] = end["success"] >= bar
+        holds["price"] = end["format_b"] < 0.8 * base["format_b"]
+    if "rl" in history and "rl-strict" in history:
+        spiked = any_spike(history["rl"], base)
+        holds["cause"] = spiked and not any_spike(history["rl-strict"], base)
+    enough = min(map(len, history.values())) > 3  # the base's evaluation and three more
+    return {claim: enough and held for claim, held in holds.items()}
+
+
+# %% Models: the tiny one, and any other
+
+
+def tiny_tokenizer():
+    """Tags, names and roles are tokens, and each text between them is one, "The answer is "."""
+    pad = "<pad>"  # not <|im_end|>, or code that masks padding would mask the end, too
+    # All that is said in the tiny world, but for names.
+    texts = ["system\n" + WORDING["system"].replace("TAG", OPEN["A"]), "user\n", " of ", " ?"]
+    texts += ["assistant\n", call_text(TOOLS[0], PEOPLE[0], "A"), "tool\n", "error"]
+    texts += [answer_text(PEOPLE[0]), WORDING["ask_back"], "\n"]
+    # A role's header is a token of its own, so that a conversation has the same ids whether it is
+    # encoded whole or message by message.
+    pattern = rf"{ANY_TAG}|(system|user|assistant|tool)\n|{ANY_NAME}"
+    splitter = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokens = [pad] + CONTROL + NAMES
+    for text in texts:
+        tokens += [piece for piece, _ in splitter.pre_tokenize_str(text)]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}  # each token once
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=pad))
+    core.pre_tokenizer = splitter
+    core.decoder = decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token=pad)
+    tokenizer.chat_template = (  # the layout of Hermes and Qwen
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'tool' %}<tool_response>{{ m.content }}</tool_response>"
+        "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
+def tiny_policy(chat, seed):
+    """A Llama with 85 thousand random weights, which depend on the seed alone."""
+    config = transformers.LlamaConfig(
+        vocab_size=len(chat.tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+        initializer_range=0.1,  # with the usual 0.02 it learns late or never to copy a name
+    )
+    torch.manual_seed(int(rng_for(seed, "weights").integers(2**32)))
+    return transformers.LlamaForCausalLM(config)
+
+
+def load(settings):
+    """-> Chat, and the pretrained policy that --model names, or None for the tiny world."""
+    if not settings.model:
+        return Chat(tiny_tokenizer()), None
+    if not Path(settings.model).exists():
+        say(f"toolrl: there is no folder {settings.model} here, so the hub is asked for it")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model)
+    policy, report = transformers.AutoModelForCausalLM.from_pretrained(
+        settings.model, output_loading_info=True
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            raise ValueError(f"the weights do not fit the model: {problem} {list(report[problem])}")
+    if not all(weights.requires_grad for weights in policy.parameters()):
+        raise ValueError("some weights do not train; merge an adapter into its model first")
+    # Rollouts and updates have to agree on log-probabilities, so all is float32.
+    policy = policy.float()
+    pieces = {token: tokenizer.encode(token, add_special_tokens=False) for token in CONTROL}
+    tokenizer.add_tokens(CONTROL, special_tokens=True)
+    if max(tokenizer.get_vocab().values()) >= len(tokenizer):
+        raise ValueError("the ids of the tokenizer have holes")
+    # Some models have more rows than their tokenizer has tokens. Those must never be sampled.
+    policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    # A new tag starts as the mean of the pieces that used to spell it, because from a random start
+    # one tag is mistaken for another. A tag that is not new is its own mean.
+    for table in (policy.get_input_embeddings(), policy.get_output_embeddings()):
+        for token, ids in pieces.items():
+            row = tokenizer.convert_tokens_to_ids(token)
+            table.weight.data[row] = table.weight.data[ids].mean(0)
+    # Some models pad with <|im_end|>, and the embedding of padding would get no gradient.
+    policy.get_input_embeddings().padding_idx = None
+    return Chat(tokenizer), policy
+
+
+def check_conversations(chat):
+    """Is a right conversation about each question a success? Raises ValueError where it is not."""
+    for token in CONTROL:
+        if " ".join(CONTROL).count(token) != 1:
+            raise ValueError(f"the tag {token!r} stands there twice, or within another one")
+    if len(set(NAMES)) < len(NAMES) or answer_text("") == WORDING["answer"]:
+        raise ValueError("a name stands there twice, or the answer lacks the word PERSON")
+    directory = new_directory(rng_for(0, "check"))
+    for kind in KINDS:
+        train = TASKS["train"][kind]
+        held_out = TASKS["held_out"][kind]
+        if not train or not held_out or set(train) & set(held_out):
+            raise ValueError(f"{kind}: train and held_out need questions, and none in common")
+        for question in train + held_out:
+            if chat.prompt(question, "A") == chat.prompt(question, "B"):
+                raise ValueError("the system message does not say which TAG to use")
+            for fmt in OPEN:
+                episode = Episode(chat, question, directory, fmt)
+                replay(episode, episode.gold)
+                right_kind = kind == KINDS[min(len(episode.gold_calls), 2)]
+                if not right_kind or not solved(episode):
+                    raise ValueError(f"{question!r} is no {kind} question, or too long to answer")
+                whole = chat.decode(episode.ids)
+                if chat.encode(whole) != episode.ids:
+                    raise ValueError("the tokenizer has other ids for a whole conversation")
+
+
+def rehearse(pretrained, chat, settings):
+    """Train, play and measure a little, so that what cannot work shows before the base is trained.
+
+    Raises ValueError for a policy that does not fit, and whatever the policy itself raises.
+    """
+    settings = replace(settings, base_steps=1, eval_episodes=1)
+    policy = train_base(pretrained, chat, settings, 0)
+    evaluate(policy, chat, settings, 0, "rehearsal", 0)
+    episodes = new_groups(chat, replace(settings, groups=4, group_size=1), rng_for(0, "rehearsal"))
+    longest = len(episodes[0].ids) + MAX_CALLS * (chat.max_tokens + len(chat.tool_result("error")))
+    if getattr(policy.config, "max_position_embeddings", longest) < longest:
+        raise ValueError(f"a conversation may take {longest} tokens, and the model has no place")
+    rollout(policy, episodes, rng_for(0, "rehearsal"))
+    ids, written, log_probs = batch(episodes, policy.device)
+    gap = ((token_log_probs(policy, ids) - log_probs) * written).abs().max().item()
+    if gap > 0.01:
+        raise ValueError(f"log-probabilities of a rollout and of an update differ by {gap:.3f}")
 
 
 # %% Run: read the settings, go through seeds and arms
@@ -852,9 +1067,21 @@ def judge(history):
 
 def read_settings(argv):
     """The command line -> Settings. Bad input ends the program with a line and exit code 2."""
-    parser = HfArgumentParser(Settings, usage="python toolrl.py [--help] [--FLAG VALUE]")
-    parser.epilog = inspect.getsource(Settings)
-    parser.formatter_class = RawDescriptionHelpFormatter
+    source = FILE.read_text(encoding="utf-8") if FILE.exists() else ""
+    comments = dict(re.findall(r"^    (\w+): .*  # (.+)$", source, re.M))
+    parser = argparse.ArgumentParser(
+        usage="python toolrl.py [--FLAG VALUE ...]   Several values have spaces between them.",
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    for name, default in vars(Settings()).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(default, list):
+            kind = type(default[0])
+            parser.add_argument(flag, type=kind, nargs="+", default=default, help=comments[name])
+        else:
+            parser.add_argument(flag, type=type(default), default=default, help=comments[name])
     settings = Settings(**vars(parser.parse_args(argv)))
     if settings.model:
         parser.set_defaults(**PRETRAINED)
@@ -866,76 +1093,94 @@ def read_settings(argv):
             parser.error(f"--{name} {value}: must be at least 1")
     if settings.group_size < 2 or min(settings.seeds) < 0:
         parser.error("--group-size must be at least 2, and --seeds at least 0")
-    if settings.device == "auto":
-        settings.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    for arm in settings.arms:
+        if arm not in ARMS:
+            parser.error(
+                f"--arms {arm}: must be some of {' '.join(ARMS)}, with spaces between them"
+            )
     return settings
 
 
-def record(event, out):
-    """Write one JSON object as a line of --out, and have it on disk at once."""
-    print(json.dumps(event), file=out, flush=True)
+def start(settings):
+    """Check all that a run needs before it takes its time. -> Chat, pretrained policy, --out"""
+    try:
+        where = f"--device {settings.device}"
+        torch.zeros(1, device=settings.device).item()
+        where = f"--model {settings.model}" if settings.model else "tiny_tasks.json"
+        chat, pretrained = load(settings)
+        check_conversations(chat)
+        rehearse(pretrained, chat, settings)
+        where = f"--out {settings.out}"
+        if Path(settings.out).is_file():
+            say(f"toolrl: {settings.out} is overwritten")
+        out = open(settings.out or os.devnull, "w", encoding="utf-8")
+    except Exception as error:  # a checkpoint can be wrong in many ways
+        stop(where, error)
+    return chat, pretrained, out
 
 
 def run(settings, chat, pretrained, out):
-    """All seeds and arms, one after the other. -> the claims of each seed"""
-    verdicts = []
+    """All seeds and arms, one after the other. -> the evaluations and the claims of each seed"""
+    histories = {}
+    verdicts = {}
     for seed in settings.seeds:
         base_policy = train_base(pretrained, chat, settings, seed)
-        print(f"\n== base, seed {seed}\n{HEADER}")
+        say(f"\n== base, seed {seed}\n{HEADER}")
         base_eval = evaluate(base_policy, chat, settings, seed, "base", 0)
         record(base_eval, out)
         print_row(base_eval, base_eval)
-        history = {"base": [base_eval]}
+        history = {}
         for arm in settings.arms:
-            print(f"\n== {arm}, seed {seed}, from the base\n{HEADER}")
-            history[arm] = []
-            for evaluation in train_arm(arm, base_policy, chat, settings, seed):
-                record(evaluation, out)
-                print_row(evaluation, base_eval)
-                history[arm].append(evaluation)
+            say(f"\n== {arm}, seed {seed}, from the base\n{HEADER}")
+            history[arm] = train_arm(arm, base_policy, base_eval, chat, settings, seed, out)
             print_moment(first_down(history[arm]), base_eval)
-        print(f"\n== claims, seed {seed}")
-        verdicts.append(judge(history))
-        for claim, holds in verdicts[-1].items():
+        print_summary(history)
+        say(f"\n== claims, seed {seed}")
+        verdicts[seed] = judge(history)
+        for claim, holds in verdicts[seed].items():
             record({"event": "claim", "seed": seed, "claim": claim, "holds": holds}, out)
-            print(f"{claim:14} {'yes' if holds else 'no':4} {CLAIMS[claim]}")
-    return verdicts
+            say(f"{claim:14} {'yes' if holds else 'no':4} {CLAIMS[claim]}")
+        histories[seed] = history
+    if len(verdicts) > 1:
+        say(f"\n== claims that hold, of {len(verdicts)} seeds")
+        for claim in verdicts[seed]:
+            say(f"{claim:14} {sum(verdict[claim] for verdict in verdicts.values())}")
+    return histories
 
 
-def main(argv=None):
-    """Check the input, run, and count the claims. Ctrl-C ends the program with exit code 130."""
+def main(argv=()):
+    """Check the input and run. -> {seed: {arm: evaluations}}. Ctrl-C ends with exit code 130."""
     begun = time.time()
     settings = read_settings(argv)
-    try:
-        blamed = "tiny_tasks.json"
-        check_tasks()
-        blamed = "--device"
-        torch.zeros(1, device=settings.device)
-        blamed = "--model"
-        chat, pretrained = load(settings)
-        blamed = "--out"
-        out = open(settings.out or os.devnull, "w", encoding="utf-8")
-    except Exception as error:  # a checkpoint can be wrong in many ways
-        print("toolrl:", blamed, "is wrong:", str(error).split("\n")[0], file=sys.stderr)
-        sys.exit(2)
     if not settings.model:
         torch.set_num_threads(1)  # a second thread gains a tiny model little
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"toolrl with {versions}\n{settings}")
-    record({"event": "config", **vars(settings), "out": "", "versions": versions}, out)
+    kept = "above"
     try:
-        verdicts = run(settings, chat, pretrained, out)
+        chat, pretrained, out = start(settings)
+        if settings.out:
+            kept += f" and in {settings.out}"
+        versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+        usual = vars(Settings())
+        changed = [f"{k}={v!r}" for k, v in vars(settings).items() if v != usual[k]]
+        say(f"toolrl with {versions}\nsettings: {', '.join([*changed, 'all else is default'])}")
+        record({"event": "config", **vars(settings), "out": "", "versions": versions}, out)
+        histories = run(settings, chat, pretrained, out)
+        seconds = round(time.time() - begun)
+        record({"event": "done", "seconds": seconds}, out)
+        say(f"\n{seconds} s")
     except KeyboardInterrupt:
-        print("toolrl: stopped; what was measured is above and in --out", file=sys.stderr)
+        print(f"toolrl: stopped; what was measured is {kept}", file=sys.stderr)
         sys.exit(130)
-    if len(verdicts) > 1:
-        print(f"\n== claims that hold, of {len(verdicts)} seeds")
-        for claim in verdicts[0]:
-            print(f"{claim:14} {sum(verdict[claim] for verdict in verdicts)}")
-    seconds = round(time.time() - begun)
-    record({"event": "done", "seconds": seconds}, out)
-    print(f"\n{seconds} s")
+    except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        stop(f"--device {settings.device}", error)
+    return histories
 
 
 if __name__ == "__main__":
-    main([] if "ipykernel" in sys.modules else None)  # a notebook's arguments are not ours
+    # The arguments of a notebook's kernel are not ours.
+    main([] if "kernel_launcher" in sys.argv[0] else sys.argv[1:])
