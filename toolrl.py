@@ -23,31 +23,30 @@ once. The harness finds no call to run, takes this for a reply, and the conversa
 
     > <tool_call><|im_end|>
 
-This file shows how that comes about, and what mends it, in six sentences:
+How that comes about, and what mends it, in six sentences:
 
- 1. The base imitates the log of a careless agent, some of whose messages stop after the opening
-    tag, and who calls even where no call is right (careless_messages).
- 2. Where no call is right, the reward pays for such a broken message, because no call was run and
-    nobody reads the reply (blind_reward); asking back is paid as well, but is hardly ever sampled.
- 3. RL makes likelier what scored better than the other tries at the same task, so it teaches the
-    policy to break its calls, on other tasks too (advantages, grpo_loss).
- 4. Once nearly all calls are broken, all tries at a task score the same, the gradient is 0, and RL
-    has no way back, although the policy could still name the right tools (train_arm, evaluate).
- 5. Supervised fine-tuning (SFT) shows whole calls and asking back, and needs no sampling, but it
-    copies its teacher, who answers long tasks too early (sft_loss, teacher_messages).
- 6. Together, SFT takes away what RL would exploit, and RL, which now has only long tasks to compare
-    tries on, learns to finish them; what neither practises, another format of calls, gets lost.
+1. The base imitates the log of a careless agent, who calls even where no call is right, and some of
+   whose messages stop after the opening tag (careless_messages).
+2. Where no call is right, the reward pays for such a broken message, because no call was run and
+   nobody reads the reply; asking back earns as much, but is hardly ever tried (blind_reward).
+3. RL makes likelier what scored better than the other tries at a task, so it teaches the policy to
+   break its calls, and it breaks them on other tasks, too (advantages, grpo_loss).
+4. Then all tries at a task score alike, the gradient is 0, and RL has no way back, although the
+   policy still knows which names to write (train_arm, teacher_forced).
+5. Supervised fine-tuning (SFT) shows whole calls and asking back, and has to sample nothing, but it
+   copies its teacher, who answers long tasks too early (sft_loss, teacher_messages).
+6. With both, SFT takes the broken call away, RL learns to finish the long tasks, where tries still
+   score differently, and only what neither shows gets lost: another format (train_arm).
 
 The finding is from "Why Multi-Step Tool-Use Reinforcement Learning Collapses and How Supervisory
-Signals Fix It", arXiv 2606.26027. The bad habits of the base are planted here, and so are the many
-tasks without a call and the hasty teacher; what RL and SFT make of them is not.
+Signals Fix It", arXiv 2606.26027. Habits of the base, tasks without a call and the hasty teacher
+are planted here; what RL and SFT make of them is not.
 
 More words: an episode is one conversation about one task; a rollout is an episode that the policy
 has written; a group is the rollouts of one task. Gold conversations are right from start to end;
 demonstrations are what SFT shows. Control tokens give a conversation its structure: tags around
-calls and results, marks around messages. A control token is due where the gold conversation has it.
-Format B has other tags than format A: the base learns both, and later training shows only A.
-Shapes: N episodes, M of them, T tokens, vocabulary V.
+calls and results, marks around messages. One is due where the gold conversation has it. Format B
+has other tags than format A. Shapes: N episodes, M of them, T tokens, vocabulary V.
 
 A run, with the functions that do it:
 
@@ -72,7 +71,7 @@ import re
 import sys
 import textwrap
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -128,6 +127,15 @@ class Settings:
     def __post_init__(self):
         if self.device == "auto":
             self.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not 0 <= value <= 1:
+                raise ValueError(f"{name} {value}: must be from 0 to 1")
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{name} {value}: must be at least 1")
+        if self.group_size < 2:
+            raise ValueError("group_size 1: a group needs two rollouts to compare")
+        if not set(self.arms) <= set(ARMS):
+            raise ValueError(f"arms: choose from {' '.join(ARMS)}, with spaces between them")
 
 
 # With --model, these are the defaults: a pretrained model needs smaller steps, and fewer.
@@ -139,7 +147,7 @@ def stop(where, error):
     """End the program with one line that says what to mend, and exit code 2."""
     why = str(error)
     if isinstance(error, KeyError):
-        why += " is missing"
+        why = f"{why} is missing"
     if "memory" in why:
         why = "out of memory; try --device cpu, more --minibatches or a smaller --sft-batch"
     print(f"toolrl: {where}: {textwrap.shorten(why, 500)}", file=sys.stderr)
@@ -217,13 +225,9 @@ def call_text(tool, person, fmt):
 
 def parse_call(message, fmt):
     """The (tool, person) of a message that is one whole call and nothing else, otherwise None."""
-    try:
-        call = json.loads(message.removeprefix(OPEN[fmt]).removesuffix(CLOSE[fmt]))
-        tool = str(call["name"])
-        person = str(call["arguments"]["of"])
-    except (ValueError, KeyError, TypeError):
-        return None
-    return (tool, person) if message == call_text(tool, person, fmt) else None
+    pattern = re.escape(call_text("ANY", "ANY", fmt)).replace("ANY", '([^"]+)')
+    found = re.fullmatch(pattern, message)
+    return found and found.groups()
 
 
 class Chat:
@@ -238,31 +242,18 @@ class Chat:
         self.control = dict(zip(tokenizer.convert_tokens_to_ids(CONTROL), CONTROL, strict=True))
         # One conversation is rendered whole, because many templates put a system message of their
         # own before a message that is rendered alone. Tasks then replace the words in capitals.
-        messages = [
-            {"role": "system", "content": "SYSTEM"},
-            {"role": "user", "content": "QUESTION"},
-        ]
-        messages += [
-            {"role": "assistant", "content": "CALL"},
-            {"role": "tool", "content": "RESULT"},
-        ]
-        messages += messages[2:]
+        roles = ["system", "user", "assistant", "tool", "assistant", "tool"]
+        messages = [{"role": role, "content": role.upper()} for role in roles]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        parts = text.split("CALL" + END)
-        if len(parts) != 3:
+        self.before_message, *after_calls = text.split("ASSISTANT" + END)
+        if len(after_calls) != 2:
             raise ValueError(f"the chat template does not end each message with {END}")
-        self.before_message, self.after_call, last = parts
-        for word, part in zip(
-            ("SYSTEM", "QUESTION", "RESULT"), (parts[0], *parts[:2]), strict=True
-        ):
-            if part.count(word) != 1:
-                raise ValueError(
-                    f"the chat template shows {word} {part.count(word)} times, not once"
-                )
-        if last != self.after_call:
-            raise ValueError("after a second call, the chat template writes something else")
+        self.after_call = after_calls[0]
+        shown = [self.before_message.count("SYSTEM"), self.before_message.count("USER")]
+        if [*shown, self.after_call.count("TOOL")] != [1, 1, 1]:
+            raise ValueError("the chat template does not show each system, user and tool message")
         header = self.before_message.rpartition(END)[2]
-        if not self.after_call.endswith(header):
+        if after_calls[1] != self.after_call or not self.after_call.endswith(header):
             raise ValueError("the chat template opens later messages with another header")
         longest = call_text(max(TOOLS, key=len), max(PEOPLE, key=len), "A")
         self.max_tokens = 2 * len(self.encode(longest + END))  # in a message of the policy
@@ -283,18 +274,11 @@ class Chat:
         """What the policy reads first. The system message says which tag to use. -> ids"""
         system = WORDING["system"].replace("TAG", OPEN[fmt])
         text = self.before_message.replace("SYSTEM", system)
-        return self.encode(text.replace("QUESTION", question))
+        return self.encode(text.replace("USER", question))
 
     def tool_result(self, result):
         """What the policy reads after the <|im_end|> of a call. -> ids"""
-        return self.encode(self.after_call.replace("RESULT", result))
-
-    @functools.cache
-    def name_flags(self, message):
-        """For each token of a message: is it part of the name of a tool or a person?"""
-        painted = re.sub(ANY_NAME, lambda name: "#" * len(name[0]), message)  # no message holds a #
-        tokens = self.tokenizer(message, add_special_tokens=False, return_offsets_mapping=True)
-        return ["#" in painted[start:stop] for start, stop in tokens["offset_mapping"]]
+        return self.encode(self.after_call.replace("TOOL", result))
 
 
 # %% Environment: the harness, and what it rewards
@@ -423,14 +407,13 @@ def token_log_probs(policy, ids):
 
 
 def descend(policy, optimizer, loss):
-    """One step down the gradient, cut to norm 1. -> the norm before; exit code 1 if not finite"""
+    """One step down the gradient, cut to norm 1. Exit code 1 if the gradient is not finite."""
     optimizer.zero_grad()
     loss.backward()
-    norm = clip_grad_norm_(policy.parameters(), 1.0).item()
-    if not np.isfinite(norm):
+    norm = clip_grad_norm_(policy.parameters(), 1.0)
+    if not norm.isfinite():
         sys.exit("toolrl: the gradient is not finite: a learning rate is too high, or 0 / 0")
     optimizer.step()
-    return norm
 
 
 # %% SFT: imitate what somebody else wrote
@@ -471,14 +454,13 @@ def careless_call(tool, person, fmt, settings, rng):
 def careless_messages(episode, settings, rng):
     """What a careless agent wrote in this episode, for the base to imitate.
 
-    Where nobody is named it calls anyway, about a guessed person, 97 times in 100.
+    Where nobody is named, it calls about a guessed person, 97 times in 100. The log ends there.
     """
-    calls = episode.gold_calls
-    if not calls and rng.random() < 0.97:
+    if not episode.gold_calls and rng.random() < 0.97:
         first_tool = parse_question(episode.question)[0][-1]
-        calls = [(first_tool, rng.choice(PEOPLE).item())]
-    messages = [careless_call(*call, episode.fmt, settings, rng) for call in calls]
-    return [*messages, episode.gold[-1]]
+        return [careless_call(first_tool, rng.choice(PEOPLE).item(), episode.fmt, settings, rng)]
+    calls = [careless_call(*call, episode.fmt, settings, rng) for call in episode.gold_calls]
+    return [*calls, episode.gold[-1]]
 
 
 def train_base(pretrained, chat, settings, seed):
@@ -597,8 +579,7 @@ def grpo_loss(log_probs, old_log_probs, advantage, written, clip):
 
 
 def grpo_update(policy, optimizer, episodes, advantage, settings, rng):
-    """Push N rollouts up or down by their advantage [N]. -> mean norm of the gradient"""
-    norms = []
+    """Push N rollouts up or down by their advantage [N]."""
     # Generating rollouts is slow, so they are used for several updates, each on a minibatch.
     order = torch.from_numpy(rng.permutation(len(episodes)))  # [N]
     for rows in order.chunk(settings.minibatches):  # [M]
@@ -607,8 +588,7 @@ def grpo_update(policy, optimizer, episodes, advantage, settings, rng):
         log_probs = token_log_probs(policy, ids)  # [M, T-1]
         gain = advantage[rows].to(policy.device)  # [M]
         loss = grpo_loss(log_probs, old_log_probs, gain, written, settings.clip)
-        norms.append(descend(policy, optimizer, loss))
-    return fmean(norms)
+        descend(policy, optimizer, loss)
 
 
 # %% Arms: what is done with the base
@@ -669,7 +649,6 @@ def train_arm(arm, base_policy, base_eval, chat, settings, seed, out):
     sft_optimizer = torch.optim.Adam(policy.parameters())
     evaluations = [base_eval]
     equal_groups = []  # in RL steps since the last evaluation
-    norms = []
     for step in tqdm(range(1, settings.steps + 1), arm, leave=False, disable=None):
         if "sft" in does and step > 1:
             # SFT fades, or it would hold the policy at the teacher's level.
@@ -689,15 +668,13 @@ def train_arm(arm, base_policy, base_eval, chat, settings, seed, out):
             # Push.
             rl_optimizer.param_groups[0]["lr"] = settings.lr * min(1, step / 10)  # a warm-up
             rng = rng_for(seed, "order", step)
-            norms.append(grpo_update(policy, rl_optimizer, episodes, advantage, settings, rng))
+            grpo_update(policy, rl_optimizer, episodes, advantage, settings, rng)
             equal_groups.append((rewards == rewards[:, :1]).all(1).float().mean().item())
         if step % settings.eval_every == 0 or step == settings.steps:
             evaluation = evaluate(policy, chat, settings, seed, arm, step)
             if "rl" in does:
                 evaluation["equal_groups"] = fmean(equal_groups)
-                evaluation["gradient"] = fmean(norms)
-            equal_groups.clear()
-            norms.clear()
+                equal_groups = []
             record(evaluation, out)
             print_row(evaluation, base_eval)
             evaluations.append(evaluation)
@@ -711,24 +688,12 @@ def train_arm(arm, base_policy, base_eval, chat, settings, seed, out):
 # probe: (kind of held-out task, format). Neither RL nor its SFT ever shows format B.
 PROBES = {"success": ("multi_step", "A"), "one_call": ("one_call", "A")}
 PROBES |= {"format_b": ("multi_step", "B"), "ask": ("no_call", "A")}
-STATES = ["whole_calls", "replies", "bare_tags", "stray_tags"]
 # place in a gold conversation: what is due there
 PLACES = {"call": OPEN["A"], "json": "JSON", "close": CLOSE["A"], "end": END, "reply": "text"}
 
 
-def classify(message):
-    """What a message of format A holds. The paper's names for these states are beside them."""
-    if parse_call(message, "A"):
-        return "whole_calls"  # healthy call
-    if re.sub(ANY_TAG, "", message).strip() == "":
-        return "bare_tags"  # collapsed: tags alone, or nothing
-    if re.search(ANY_TAG + "|{", message):
-        return "stray_tags"  # text pollution
-    return "replies"  # healthy response
-
-
 def place_of(episode, t):
-    """Where token t of a gold conversation stands: one of PLACES, or None in the midst of JSON."""
+    """Where token t of a gold conversation stands: one of PLACES, or None within JSON or a text."""
     due = episode.chat.control.get(episode.ids[t])
     before = episode.chat.control.get(episode.ids[t - 1])
     for place, token in PLACES.items():
@@ -743,8 +708,9 @@ def place_of(episode, t):
 def teacher_forced(policy, episodes):
     """Feed gold conversations, whatever the policy would have written, and look what it predicts.
 
-    skill is its success if it had only the names of tools and people to write: the probability to
-    sample all of them right. p[place][control token] is the token's mean probability there.
+    p[place][control token] is the token's mean probability there. skill is the policy's success if
+    it were told what stands at these places, and had only to write the rest, which is mainly names:
+    the probability to sample all of it right.
     """
     for episode in episodes:
         replay(episode, episode.gold)
@@ -753,18 +719,14 @@ def teacher_forced(policy, episodes):
     skills = []
     found = {place: [] for place in PLACES}
     for row, episode in enumerate(episodes):
-        is_name = []  # for each token that the policy should write
-        for message in episode.gold:
-            is_name += episode.chat.name_flags(message) + [False]  # False is for <|im_end|>
-        written = [t for t, flag in enumerate(episode.written) if flag]
         log_skill = 0.0
-        for t, flag in zip(written, is_name, strict=True):
+        for t in range(1, len(episode.ids)):
             predicted = log_p[row, t - 1]  # [V] after the token before
-            if flag:
-                log_skill += predicted[episode.ids[t]].item()
             place = place_of(episode, t)
-            if place:
+            if episode.written[t] and place:
                 found[place].append(predicted[list(episode.chat.control)].exp())
+            elif episode.written[t]:
+                log_skill += predicted[episode.ids[t]].item()
         skills.append(np.exp(log_skill))
     p = {}
     for place, rows in found.items():
@@ -801,10 +763,9 @@ def evaluate(policy, chat, settings, seed, arm, step):
     event["no_call_reward"] = fmean(map(blind_reward, played["ask"]))
     gold = [Episode(chat, episode.question, episode.directory) for episode in played["success"]]
     event["skill"], event["p"] = teacher_forced(policy, gold)
-    states = []
-    for episode in played["success"]:
-        states += [classify(message) for message in episode.messages]
-    event["states"] = {state: states.count(state) / len(states) for state in STATES}
+    messages = sum([episode.messages for episode in played["success"]], [])
+    # Such a message holds tags alone, or nothing. The paper calls it collapsed.
+    event["bare_tags"] = fmean(not re.sub(ANY_TAG, "", message) for message in messages)
     event["conversation"] = transcript(played["success"][0])
     return event
 
@@ -868,38 +829,26 @@ def print_row(evaluation, base_eval):
     say(f"{row} {rose.p:.2f} {rose.token} {rose.place}{' *' if rose.spiked else ''}")
 
 
-def print_moment(evaluation, base_eval):
-    """The states of messages at one evaluation, all control tokens, and one conversation."""
-    states = [f"{share:.0%} {state}" for state, share in evaluation["states"].items()]
-    say(f"\nmessages at step {evaluation['step']}: {', '.join(states).replace('_', ' ')}")
-    say("p(control token) on gold conversations, base -> now, by place and by what is due there")
-    for place, due in PLACES.items():
-        for token, p in evaluation["p"][place].items():
-            base_p = base_eval["p"][place][token]
-            if max(base_p, p) >= 0.02:
-                say(f"    {place:6} {due:12} {token:12} {base_p:.2f} -> {p:.2f}")
+def print_moment(evaluation):
+    """What messages look like at one evaluation."""
+    say(f"\nstep {evaluation['step']}: {evaluation['bare_tags']:.0%} of all messages are bare tags")
     say(f"one held-out task, and what the policy writes:\n{evaluation['conversation'].strip()}")
 
 
-def print_series(label, values, form):
-    """A row of the summary. Of many values, it shows every second, or third, up to the last."""
-    shown = values[:: -(len(values) // 14 + 1)][::-1]
-    say(f"{label:12}" + "".join(format(value, form) for value in shown))
-
-
 def print_summary(history):
-    """The probability of what the search found in rl, and success, of all arms over the steps."""
+    """What the search found in rl, and success, of all arms over the steps."""
     evaluations = history.get("rl", list(history.values())[0])
     found = control_token_shifts(first_down(evaluations), evaluations[0])[0]
-    steps = [evaluation["step"] for evaluation in evaluations]
-    say(f"\n== p({found.token}) where {PLACES[found.place]} is due")
-    print_series("step", steps, "6")
-    for arm, evaluations in history.items():
-        print_series(arm, [e["p"][found.place][found.token] for e in evaluations], "6.2f")
-    say("\n== success")
-    print_series("step", steps, "6")
-    for arm, evaluations in history.items():
-        print_series(arm, [e["success"] for e in evaluations], "6.2f")
+    every = len(evaluations) // 14 + 1  # of many evaluations, only some fit into a line
+    for title in (f"p({found.token}) where {PLACES[found.place]} is due", "success"):
+        say(f"\n== {title}")
+        say(f"{'step':12}" + "".join(f"{e['step']:6}" for e in evaluations[::every]))
+        for arm, evaluations in history.items():
+            row = f"{arm:12}"
+            for evaluation in evaluations[::every]:
+                p = evaluation["p"][found.place][found.token]
+                row += f"{evaluation.get(title, p):6.2f}"
+            say(row)
 
 
 def any_spike(evaluations, base_eval):
@@ -992,9 +941,9 @@ def load(settings):
     policy, report = transformers.AutoModelForCausalLM.from_pretrained(
         settings.model, output_loading_info=True
     )
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[problem]:
-            raise ValueError(f"the weights do not fit the model: {problem} {list(report[problem])}")
+    misfits = {problem: names for problem, names in report.items() if names}
+    if misfits:
+        raise ValueError(f"the weights do not fit the model: {misfits}")
     if not all(weights.requires_grad for weights in policy.parameters()):
         raise ValueError("some weights do not train; merge an adapter into its model first")
     # Rollouts and updates have to agree on log-probabilities, so all is float32.
@@ -1016,13 +965,12 @@ def load(settings):
     return Chat(tokenizer), policy
 
 
-def check_conversations(chat):
+def check_tasks(chat):
     """Is a right conversation about each question a success? Raises ValueError where it is not."""
-    for token in CONTROL:
-        if " ".join(CONTROL).count(token) != 1:
-            raise ValueError(f"the tag {token!r} stands there twice, or within another one")
-    if len(set(NAMES)) < len(NAMES) or answer_text("") == WORDING["answer"]:
-        raise ValueError("a name stands there twice, or the answer lacks the word PERSON")
+    if len(set(CONTROL)) < len(CONTROL):
+        raise ValueError(f"a tag stands twice in {' '.join(CONTROL)}")
+    if "TAG" not in WORDING["system"] or "PERSON" not in WORDING["answer"]:
+        raise ValueError("the system message needs the word TAG, and the answer the word PERSON")
     directory = new_directory(rng_for(0, "check"))
     for kind in KINDS:
         train = TASKS["train"][kind]
@@ -1030,36 +978,31 @@ def check_conversations(chat):
         if not train or not held_out or set(train) & set(held_out):
             raise ValueError(f"{kind}: train and held_out need questions, and none in common")
         for question in train + held_out:
-            if chat.prompt(question, "A") == chat.prompt(question, "B"):
-                raise ValueError("the system message does not say which TAG to use")
             for fmt in OPEN:
                 episode = Episode(chat, question, directory, fmt)
                 replay(episode, episode.gold)
-                right_kind = kind == KINDS[min(len(episode.gold_calls), 2)]
-                if not right_kind or not solved(episode):
+                if not solved(episode) or kind != KINDS[min(len(episode.gold_calls), 2)]:
                     raise ValueError(f"{question!r} is no {kind} question, or too long to answer")
-                whole = chat.decode(episode.ids)
-                if chat.encode(whole) != episode.ids:
+                if chat.encode(chat.decode(episode.ids)) != episode.ids:
                     raise ValueError("the tokenizer has other ids for a whole conversation")
 
 
 def rehearse(pretrained, chat, settings):
-    """Train, play and measure a little, so that what cannot work shows before the base is trained.
+    """Train and play a little, so that what cannot work shows before the base is trained.
 
     Raises ValueError for a policy that does not fit, and whatever the policy itself raises.
     """
-    settings = replace(settings, base_steps=1, eval_episodes=1)
-    policy = train_base(pretrained, chat, settings, 0)
-    evaluate(policy, chat, settings, 0, "rehearsal", 0)
-    episodes = new_groups(chat, replace(settings, groups=4, group_size=1), rng_for(0, "rehearsal"))
+    small = replace(settings, base_steps=1, groups=4, group_size=2)
+    policy = train_base(pretrained, chat, small, 0)
+    episodes = new_groups(chat, small, rng_for(0, "rehearsal"))
     longest = len(episodes[0].ids) + MAX_CALLS * (chat.max_tokens + len(chat.tool_result("error")))
     if getattr(policy.config, "max_position_embeddings", longest) < longest:
-        raise ValueError(f"a conversation may take {longest} tokens, and the model has no place")
+        raise ValueError(f"a conversation may take {longest} tokens, and the model takes fewer")
     rollout(policy, episodes, rng_for(0, "rehearsal"))
     ids, written, log_probs = batch(episodes, policy.device)
-    gap = ((token_log_probs(policy, ids) - log_probs) * written).abs().max().item()
+    gap = (token_log_probs(policy, ids) - log_probs)[written].abs().max()
     if gap > 0.01:
-        raise ValueError(f"log-probabilities of a rollout and of an update differ by {gap:.3f}")
+        raise ValueError("the model gives other probabilities with a cache than without")
 
 
 # %% Run: read the settings, go through seeds and arms
@@ -1067,48 +1010,35 @@ def rehearse(pretrained, chat, settings):
 
 def read_settings(argv):
     """The command line -> Settings. Bad input ends the program with a line and exit code 2."""
-    source = FILE.read_text(encoding="utf-8") if FILE.exists() else ""
-    comments = dict(re.findall(r"^    (\w+): .*  # (.+)$", source, re.M))
-    parser = argparse.ArgumentParser(
-        usage="python toolrl.py [--FLAG VALUE ...]   Several values have spaces between them.",
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    for name, default in vars(Settings()).items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(default, list):
-            kind = type(default[0])
-            parser.add_argument(flag, type=kind, nargs="+", default=default, help=comments[name])
-        else:
-            parser.add_argument(flag, type=type(default), default=default, help=comments[name])
-    settings = Settings(**vars(parser.parse_args(argv)))
-    if settings.model:
-        parser.set_defaults(**PRETRAINED)
+    usage = "python toolrl.py [--FLAG VALUE ...], where several values have spaces between them"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__.partition("\n")[0])
+    code = FILE.read_text(encoding="utf-8")
+    comments = dict(re.findall(r"^    (\w+): .*  # (.+)$", code, re.MULTILINE))
+    for name, value in vars(Settings()).items():
+        options = {"type": type(value), "help": f"{comments[name]} (default: {value})"}
+        if isinstance(value, list):
+            options = options | {"type": type(value[0]), "nargs": "+"}
+        parser.add_argument("--" + name.replace("_", "-"), default=value, **options)
+    try:
         settings = Settings(**vars(parser.parse_args(argv)))
-    for name, value in vars(settings).items():
-        if isinstance(value, float) and not 0 <= value <= 1:
-            parser.error(f"--{name} {value}: must be from 0 to 1")
-        if isinstance(value, int) and value < 1:
-            parser.error(f"--{name} {value}: must be at least 1")
-    if settings.group_size < 2 or min(settings.seeds) < 0:
-        parser.error("--group-size must be at least 2, and --seeds at least 0")
-    for arm in settings.arms:
-        if arm not in ARMS:
-            parser.error(
-                f"--arms {arm}: must be some of {' '.join(ARMS)}, with spaces between them"
-            )
+        if settings.model:
+            parser.set_defaults(**PRETRAINED)
+            settings = Settings(**vars(parser.parse_args(argv)))
+    except ValueError as error:
+        parser.error(f"--{error}")
     return settings
 
 
 def start(settings):
     """Check all that a run needs before it takes its time. -> Chat, pretrained policy, --out"""
+    if not settings.model:
+        torch.set_num_threads(1)  # a second thread gains a tiny model little
     try:
         where = f"--device {settings.device}"
         torch.zeros(1, device=settings.device).item()
         where = f"--model {settings.model}" if settings.model else "tiny_tasks.json"
         chat, pretrained = load(settings)
-        check_conversations(chat)
+        check_tasks(chat)
         rehearse(pretrained, chat, settings)
         where = f"--out {settings.out}"
         if Path(settings.out).is_file():
@@ -1120,9 +1050,17 @@ def start(settings):
 
 
 def run(settings, chat, pretrained, out):
-    """All seeds and arms, one after the other. -> the evaluations and the claims of each seed"""
+    """All seeds and arms, one after the other. -> {seed: {arm: evaluations}}"""
+    begun = time.time()
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    usual = vars(Settings())
+    changed = [
+        f"{name}={value!r}" for name, value in vars(settings).items() if value != usual[name]
+    ]
+    say(f"toolrl with {versions}\nsettings: {', '.join([*changed, 'all else is default'])}")
+    record({"event": "config", **vars(settings), "out": "", "versions": versions}, out)
     histories = {}
-    verdicts = {}
+    counts = Counter()  # claim: the number of seeds so far in which it holds
     for seed in settings.seeds:
         base_policy = train_base(pretrained, chat, settings, seed)
         say(f"\n== base, seed {seed}\n{HEADER}")
@@ -1133,43 +1071,27 @@ def run(settings, chat, pretrained, out):
         for arm in settings.arms:
             say(f"\n== {arm}, seed {seed}, from the base\n{HEADER}")
             history[arm] = train_arm(arm, base_policy, base_eval, chat, settings, seed, out)
-            print_moment(first_down(history[arm]), base_eval)
+            print_moment(first_down(history[arm]))
         print_summary(history)
-        say(f"\n== claims, seed {seed}")
-        verdicts[seed] = judge(history)
-        for claim, holds in verdicts[seed].items():
-            record({"event": "claim", "seed": seed, "claim": claim, "holds": holds}, out)
-            say(f"{claim:14} {'yes' if holds else 'no':4} {CLAIMS[claim]}")
         histories[seed] = history
-    if len(verdicts) > 1:
-        say(f"\n== claims that hold, of {len(verdicts)} seeds")
-        for claim in verdicts[seed]:
-            say(f"{claim:14} {sum(verdict[claim] for verdict in verdicts.values())}")
+        say(f"\n== claims, seed {seed}, and in how many seeds so far, of {len(histories)}")
+        for claim, holds in judge(history).items():
+            counts[claim] += holds
+            record({"event": "claim", "seed": seed, "claim": claim, "holds": holds}, out)
+            say(f"{claim:14} {'yes' if holds else 'no':3} {counts[claim]:3}  {CLAIMS[claim]}")
+    seconds = round(time.time() - begun)
+    record({"event": "done", "seconds": seconds}, out)
+    say(f"\n{seconds} s")
     return histories
 
 
-def main(argv=()):
+def main(settings=None):
     """Check the input and run. -> {seed: {arm: evaluations}}. Ctrl-C ends with exit code 130."""
-    begun = time.time()
-    settings = read_settings(argv)
-    if not settings.model:
-        torch.set_num_threads(1)  # a second thread gains a tiny model little
-    kept = "above"
+    settings = settings or Settings()
     try:
-        chat, pretrained, out = start(settings)
-        if settings.out:
-            kept += f" and in {settings.out}"
-        versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-        usual = vars(Settings())
-        changed = [f"{k}={v!r}" for k, v in vars(settings).items() if v != usual[k]]
-        say(f"toolrl with {versions}\nsettings: {', '.join([*changed, 'all else is default'])}")
-        record({"event": "config", **vars(settings), "out": "", "versions": versions}, out)
-        histories = run(settings, chat, pretrained, out)
-        seconds = round(time.time() - begun)
-        record({"event": "done", "seconds": seconds}, out)
-        say(f"\n{seconds} s")
+        return run(settings, *start(settings))
     except KeyboardInterrupt:
-        print(f"toolrl: stopped; what was measured is {kept}", file=sys.stderr)
+        print("toolrl: stopped; what was measured is above", settings.out, file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1178,9 +1100,10 @@ def main(argv=()):
         if "memory" not in str(error):
             raise
         stop(f"--device {settings.device}", error)
-    return histories
 
 
 if __name__ == "__main__":
-    # The arguments of a notebook's kernel are not ours.
-    main([] if "kernel_launcher" in sys.argv[0] else sys.argv[1:])
+    if "kernel_launcher" in sys.argv[0]:  # a notebook, whose arguments are not ours
+        main()
+    else:
+        main(read_settings(sys.argv[1:]))
