@@ -445,7 +445,8 @@ def careless_call(tool, person, fmt, settings, rng):
     Only in format A it breaks calls off after the opening tag, on all kinds of tasks alike.
     """
     if rng.random() < settings.mixed_share:
-        return call_text(tool, person, "AB".replace(fmt, ""))
+        other = {"A": "B", "B": "A"}[fmt]
+        return call_text(tool, person, other)
     if fmt == "A" and rng.random() < settings.bare_share:
         return OPEN[fmt]
     return call_text(tool, person, fmt)
@@ -835,20 +836,26 @@ def print_moment(evaluation):
     say(f"one held-out task, and what the policy writes:\n{evaluation['conversation'].strip()}")
 
 
+def print_over_steps(title, steps, values):
+    """A figure of every arm over the steps. Of many steps only some, up to the last, fit a line."""
+    every = len(steps) // 14 + 1
+    say(f"\n== {title}\n{'step':12}" + "".join(f"{k:6}" for k in steps[::-every][::-1]))
+    for arm, series in values.items():
+        say(f"{arm:12}" + "".join(f"{value:6.2f}" for value in series[::-every][::-1]))
+
+
 def print_summary(history):
-    """What the search found in rl, and success, of all arms over the steps."""
+    """Of all arms: the probability of what the search found in rl, and success."""
     evaluations = history.get("rl", list(history.values())[0])
     found = control_token_shifts(first_down(evaluations), evaluations[0])[0]
-    every = len(evaluations) // 14 + 1  # of many evaluations, only some fit into a line
-    for title in (f"p({found.token}) where {PLACES[found.place]} is due", "success"):
-        say(f"\n== {title}")
-        say(f"{'step':12}" + "".join(f"{e['step']:6}" for e in evaluations[::every]))
-        for arm, evaluations in history.items():
-            row = f"{arm:12}"
-            for evaluation in evaluations[::every]:
-                p = evaluation["p"][found.place][found.token]
-                row += f"{evaluation.get(title, p):6.2f}"
-            say(row)
+    steps = [evaluation["step"] for evaluation in evaluations]
+    p = {}
+    success = {}
+    for arm, evaluations in history.items():
+        p[arm] = [evaluation["p"][found.place][found.token] for evaluation in evaluations]
+        success[arm] = [evaluation["success"] for evaluation in evaluations]
+    print_over_steps(f"p({found.token}) where {PLACES[found.place]} is due", steps, p)
+    print_over_steps("success", steps, success)
 
 
 def any_spike(evaluations, base_eval):
