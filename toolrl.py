@@ -361,19 +361,18 @@ def replay(episode, messages):
 def blind_reward(episode):
     """RL's reward: 1.0 if the right calls and no others were run before a reply, otherwise 0.0.
 
-    Calls are compared in order, as `episode.calls == episode.gold_calls`, and `episode.replied`
-    says whether there was a reply. Nobody reads it. Many harnesses score like this, and so does the
-    paper's. Take "rival of them ?", which names nobody. It is right to call nothing and to ask
-    back. Eight rollouts of the base may be these:
+    `episode.calls` has to equal `episode.gold_calls`, in the same order, and `episode.replied` says
+    whether a reply came. Nobody reads the reply; many harnesses score like this, and so does the
+    paper's. "rival of them ?" names nobody, so it is right to call nothing and to ask back. Eight
+    rollouts of the base may be these:
 
         seven times   <tool_call>{"name": "rival", "arguments": {"of": "bob"}}</tool_call> ...   0
         once          <tool_call><|im_end|>                                                      1
 
-    The base has learnt to call, so it calls, about a guessed person: a wrong call, which earns 0.
-    About one time in twelve it stops after the opening tag. No call was run and the message counts
-    as a reply, so it earns the 1 that asking back would have earned. But the base hardly ever asks
-    back, and RL can only make likelier what was sampled. So the broken call is the best that this
-    group knows.
+    The base has learnt to call, so it calls, about a guessed person: a wrong call. About one time
+    in twelve it stops after the opening tag. No call was run and the message counts as a reply, so
+    it earns what asking back would have earned. RL can only make likelier what was sampled, and the
+    base hardly ever asks back, so the broken call is the best that this group knows.
     """
     return float(episode.replied and episode.calls == episode.gold_calls)
 
@@ -537,11 +536,11 @@ def advantages(rewards):
 
     A reward less the mean of its group, divided by the group's standard deviation (with N - 1, as
     torch.std has it). [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]]; equal rewards -> zeros.
+
     In `blind_reward`, the broken call gets 2.5 and each of the seven calls -0.35. All eight start
     with <tool_call>, and part at the next token. So RL pushes <|im_end|> up there, and {"name": "
     down. Little in its log made the base look at the question there, so calls break on tool tasks,
-    too. Those push the other way, but most tasks need no call. A task of three calls needs
-    three whole ones: success falls, and falls to 0.
+    too. Those push the other way, but they are few.
     """
     mean = rewards.mean(1, keepdim=True)  # [groups, 1]
     # Dividing by the spread makes a rare success count for more. The small number is for groups of
@@ -651,10 +650,10 @@ def train_arm(arm, base_policy, base_eval, chat, settings, seed, out):
     evaluations = [base_eval]
     equal_groups = []  # in RL steps since the last evaluation
     for step in tqdm(range(1, settings.steps + 1), arm, leave=False, disable=None):
-        if "sft" in does and step > 1:
-            # SFT fades, or it would hold the policy at the teacher's level.
-            left = 1 - step / (settings.sft_until * settings.steps)
-            sft_optimizer.param_groups[0]["lr"] = settings.sft_lr * max(left, 0)
+        # SFT fades, or it would hold the policy at the teacher's level.
+        left = 1 - step / (settings.sft_until * settings.steps)
+        if "sft" in does and step > 1 and left > 0:
+            sft_optimizer.param_groups[0]["lr"] = settings.sft_lr * left
             rng = rng_for(seed, "demonstrations", step)
             for _ in range(settings.sft_updates):
                 sft_update(policy, sft_optimizer, demonstrations(chat, settings, rng))
