@@ -107,7 +107,7 @@ class Settings:
     bare_share: float = 0.08  # share of the log's format-A calls that stop after <tool_call>
     mixed_share: float = 0.15  # share of the log's calls that have the tags of the other format
     # RL
-    steps: int = 40  # RL steps in an arm
+    steps: int = 45  # RL steps in an arm
     lr: float = 2e-4  # learning rate of RL
     no_call_share: float = 0.85  # share of RL's tasks in which no call is right
     groups: int = 8  # tasks in an RL step
@@ -117,7 +117,7 @@ class Settings:
     # SFT
     sft_updates: int = 2  # SFT updates before each RL step but the first
     sft_lr: float = 2e-3  # learning rate of these updates at the start
-    sft_until: float = 0.9  # share of the steps after which that rate has fallen to 0
+    sft_until: float = 0.85  # share of the steps after which that rate has fallen to 0
     sft_batch: int = 32  # conversations in an SFT update, the base's updates too
     hasty_share: float = 0.6  # share of the teacher's long conversations that answer too early
     # Evaluation
