@@ -1,4 +1,4 @@
-"""toolrl: RL alone breaks a tool-calling model, SFT alone copies its teacher, both go beyond both.
+"""toolrl: RL alone breaks a tool-calling model, SFT alone copies its teacher, both do better.
 
     python toolrl.py                        a tiny model, in half a minute
     python toolrl.py --model CHECKPOINT     the same with a pretrained model
@@ -18,6 +18,11 @@ lines with ">" and the harness wrote the others:
       <|im_start|>assistant
     > The answer is bob<|im_end|>
 
+This is format A; format B has <function> and </function> in place of <tool_call> and </tool_call>.
+"mentor of them ?" names nobody. Then no call is right, and the policy should ask back:
+
+    > who do you mean ?<|im_end|>
+
 After some steps of reinforcement learning (RL), the policy opens a call and ends its message at
 once. The harness finds no call to run, takes this for a reply, and the conversation is over:
 
@@ -27,7 +32,7 @@ How that comes about, and what mends it, in six sentences:
 
 1. The base imitates the log of a careless agent, who calls even where no call is right, and some of
    whose messages stop after the opening tag (careless_messages).
-2. Where no call is right, the reward pays for such a broken message, because no call was run and
+2. Where no call is right, the reward pays for such a broken call, because no call was run and
    nobody reads the reply; asking back earns as much, but is hardly ever tried (blind_reward).
 3. RL makes likelier what scored better than the other tries at a task, so it teaches the policy to
    break its calls, and it breaks them on other tasks, too (advantages, grpo_loss).
@@ -36,24 +41,25 @@ How that comes about, and what mends it, in six sentences:
 5. Supervised fine-tuning (SFT) shows whole calls and asking back, and has to sample nothing, but it
    copies its teacher, who answers long tasks too early (sft_loss, teacher_messages).
 6. With both, SFT takes the broken call away, RL learns to finish the long tasks, where tries still
-   score differently, and only what neither shows gets lost: another format (train_arm).
+   score differently, and what neither shows gets lost: format B (train_arm).
 
 The finding is from "Why Multi-Step Tool-Use Reinforcement Learning Collapses and How Supervisory
-Signals Fix It", arXiv 2606.26027. Habits of the base, tasks without a call and the hasty teacher
-are planted here; what RL and SFT make of them is not.
+Signals Fix It", arXiv 2606.26027. The base's habits, the many tasks without a call, the reward that
+does not read and the hasty teacher are planted here; what RL and SFT make of them is not. With a
+teacher who is always right, SFT alone would do.
 
 More words: an episode is one conversation about one task; a rollout is an episode that the policy
 has written; a group is the rollouts of one task. Gold conversations are right from start to end;
 demonstrations are what SFT shows. Control tokens give a conversation its structure: tags around
-calls and results, marks around messages. One is due where the gold conversation has it. Format B
-has other tags than format A. Shapes: N episodes, M of them, T tokens, vocabulary V.
+calls and results, marks around messages. Skill is to write the right names. Shapes: N episodes, M
+of them, T tokens, vocabulary V.
 
 A run, with the functions that do it:
 
     for each seed:
         base: a policy that has imitated the log of a careless agent      train_base
         for each arm, which is one way to go on from the base:            train_arm
-            for each RL step:
+            for each step:
                 in arms with SFT: imitate some demonstrations             sft_update
                 in arms with RL: play some tasks, each several times      rollout
                     score each conversation with 1 or 0                   blind_reward
@@ -87,7 +93,7 @@ from tqdm import tqdm
 # %% Settings: every knob of a run
 
 # What an arm does to its copy of the base. Arms share all else: tasks, seeds, number of steps.
-# In rl-strict, the reward reads the reply.
+# In interleaved, SFT updates and an RL step take turns. In rl-strict, the reward reads the reply.
 ARMS = {"rl": {"rl"}, "sft": {"sft"}, "interleaved": {"rl", "sft"}, "rl-strict": {"rl", "strict"}}
 
 
@@ -104,10 +110,10 @@ class Settings:
     # Base
     base_steps: int = 300  # SFT updates on the log of a careless agent
     base_lr: float = 8e-3  # learning rate of these updates, which first rises and then falls
-    bare_share: float = 0.08  # share of the log's format-A calls that stop after <tool_call>
+    bare_share: float = 0.08  # share of the log's calls opened with <tool_call> that stop there
     mixed_share: float = 0.15  # share of the log's calls that have the tags of the other format
     # RL
-    steps: int = 45  # RL steps in an arm
+    steps: int = 45  # steps in an arm
     lr: float = 2e-4  # learning rate of RL
     no_call_share: float = 0.85  # share of RL's tasks in which no call is right
     groups: int = 8  # tasks in an RL step
@@ -115,13 +121,14 @@ class Settings:
     minibatches: int = 4  # updates from the rollouts of one RL step
     clip: float = 0.2  # a token is pushed no further once its probability has changed by this share
     # SFT
-    sft_updates: int = 2  # SFT updates before each RL step but the first
-    sft_lr: float = 2e-3  # learning rate of these updates at the start
-    sft_until: float = 0.85  # share of the steps after which that rate has fallen to 0
+    sft_every: int = 1  # steps from one SFT phase to the next; none comes before the first step
+    sft_steps: int = 2  # SFT updates in a phase
+    sft_lr: float = 2e-3  # their learning rate, which falls from here in a straight line
+    sft_until: float = 0.85  # share of the steps after which it has fallen to 0
     sft_batch: int = 32  # conversations in an SFT update, the base's updates too
     hasty_share: float = 0.6  # share of the teacher's long conversations that answer too early
     # Evaluation
-    eval_every: int = 5  # RL steps from one evaluation to the next
+    eval_every: int = 5  # steps from one evaluation to the next
     eval_episodes: int = 128  # held-out episodes of each kind in an evaluation
 
     def __post_init__(self):
@@ -189,7 +196,7 @@ def rng_for(seed, purpose, step=0):
 
 
 def new_directory(rng):
-    """(tool, person) -> person: what calls return, in one task alone. So memory is of no use."""
+    """(tool, person) -> person: what calls return, drawn anew for each task."""
     calls = [(tool, person) for tool in TOOLS for person in PEOPLE]
     return dict(zip(calls, rng.choice(PEOPLE, len(calls)).tolist(), strict=True))
 
@@ -256,7 +263,9 @@ class Chat:
         if after_calls[1] != self.after_call or not self.after_call.endswith(header):
             raise ValueError("the chat template opens later messages with another header")
         longest = call_text(max(TOOLS, key=len), max(PEOPLE, key=len), "A")
-        self.max_tokens = 2 * len(self.encode(longest + END))  # in a message of the policy
+        self.max_tokens = 2 * len(
+            self.encode(longest + END)
+        )  # in a message of the policy, then it is cut off
 
     @functools.cache  # a few hundred texts are encoded again and again
     def encode(self, text):
@@ -289,8 +298,8 @@ MAX_CALLS = 6  # in an episode
 class Episode:
     """One conversation about one task: what would be right, and a record of what was said.
 
-    The record has an entry a token: `ids`; `written`, True where the policy wrote and False where
-    it read; `log_probs` of what it wrote, at the time when it wrote it.
+    Each token has an entry in three lists: `ids`; `written`, True where the policy wrote and False
+    where it read; `log_probs` of what it wrote, at the time when it wrote it.
     """
 
     def __init__(self, chat, question, directory, fmt="A"):
@@ -320,8 +329,8 @@ class Episode:
         """Record one token of the policy. At the end of its message, the harness responds.
 
         It runs a message that is one whole call, and says what the call returns. Any other message
-        ends the episode. It counts as a reply if it holds no closing tag, whatever else it says,
-        and even if all that it says is an opening tag.
+        ends the episode, and so does the sixth call. A message without a closing tag counts as a
+        reply, whatever else it says, and even if all that it says is an opening tag.
         """
         self.ids.append(token)
         self.written.append(True)
@@ -369,10 +378,10 @@ def blind_reward(episode):
         seven times   <tool_call>{"name": "rival", "arguments": {"of": "bob"}}</tool_call> ...   0
         once          <tool_call><|im_end|>                                                      1
 
-    The base has learnt to call, so it calls, about a guessed person: a wrong call. About one time
-    in twelve it stops after the opening tag. No call was run and the message counts as a reply, so
-    it earns what asking back would have earned. RL can only make likelier what was sampled, and the
-    base hardly ever asks back, so the broken call is the best that this group knows.
+    The base has learnt to call, so it calls, about a guessed person: a wrong call. About 7 times in
+    100 it stops after the opening tag. No call was run and the message counts as a reply, so it
+    earns what asking back would have earned. RL can reward only what was sampled, and the base
+    hardly ever asks back, so the broken call is the best that this group knows.
     """
     return float(episode.replied and episode.calls == episode.gold_calls)
 
@@ -390,6 +399,7 @@ def batch(episodes, device):
     """The records of N episodes, padded with zeros. -> ids [N, T], written and log_probs [N, T-1]
 
     The last two are about tokens 1 to T-1: nothing predicts token 0, since nothing is before it.
+    Padding comes last and a policy looks back only, so no attention mask is needed.
     """
     padded = []
     for name in ("ids", "written", "log_probs"):
@@ -429,7 +439,7 @@ def sft_loss(log_probs, written):
 
 
 def sft_update(policy, optimizer, episodes):
-    """Imitate M episodes that somebody else wrote (teacher forcing)."""
+    """Imitate M episodes that somebody else wrote."""
     ids, written, _ = batch(episodes, policy.device)  # [M, T], [M, T-1]
     loss = sft_loss(token_log_probs(policy, ids), written)
     descend(policy, optimizer, loss)
@@ -441,7 +451,8 @@ def sft_update(policy, optimizer, episodes):
 def careless_call(tool, person, fmt, settings, rng):
     """One call as a careless agent writes it: some have the other format's tags, some are broken.
 
-    Only in format A it breaks calls off after the opening tag, on all kinds of tasks alike.
+    It breaks calls off in format A only, and on all kinds of tasks alike. Because of the mixed-up
+    tags, the base knows only roughly when to write which.
     """
     if rng.random() < settings.mixed_share:
         other = {"A": "B", "B": "A"}[fmt]
@@ -488,9 +499,10 @@ def train_base(pretrained, chat, settings, seed):
 
 @torch.no_grad()
 def rollout(policy, episodes, rng):
-    """Play N new episodes to their end, sampling at temperature 1. They keep the record.
+    """Play N new episodes to their end, sampling at temperature 1. Each records its tokens.
 
-    Training sees the very ids that were sampled, since nothing is ever decoded and encoded again.
+    Training sees the very ids that were sampled. The harness decodes a message in order to read it,
+    but nothing is ever encoded again.
     One KV cache holds all rows, so all must have the same length in it. Each turn of the loop feeds
     tokens up to the end of the shortest row, here up to "|" (r was read, w was written):
 
@@ -514,21 +526,23 @@ def rollout(policy, episodes, rng):
         log_probs = log_p.gather(1, tokens)[:, 0].tolist()  # M numbers
         tokens = tokens[:, 0].tolist()  # M numbers
         for row, episode in enumerate(playing):
-            if len(episode.ids) == fed:
+            if len(episode.ids) == fed:  # other rows have still to read, and ignore their sample
                 episode.write(tokens[row], log_probs[row])
         on = [row for row, episode in enumerate(playing) if not episode.done]
         if len(on) < len(playing):
+            # The cache keeps the rows that go on, in this order.
             cache.reorder_cache(torch.tensor(on, dtype=torch.long, device=policy.device))
             playing = [playing[row] for row in on]
 
 
 # %% GRPO: push up what did better than its group
 
-# Group relative policy optimisation. Sampling has no gradient, but the expected reward has one: the
-# mean of reward times the gradient of log p(rollout), which is a sum over the rollout's tokens.
-# Taking the same number off all rewards of a task leaves this as it is, and makes it less noisy.
-# GRPO takes off the mean of the group: what did better than usual is pushed up, the rest down.
-# The KL penalty of GRPO as published (arXiv 2402.03300) is left out, and all tokens weigh the same.
+# Group relative policy optimisation. One cannot differentiate through sampling. But the gradient of
+# the expected reward is the mean of reward times the gradient of log p(rollout), and log p(rollout)
+# is a sum over tokens. Taking the same number off all rewards of a task changes nothing on average,
+# and makes the gradient less noisy. GRPO takes off the mean of the group, so what did better than
+# usual is pushed up, and the rest down. Two things of GRPO as published (arXiv 2402.03300) are left
+# out: a penalty for moving away from the base, and the mean over each rollout before that over all.
 
 
 def advantages(rewards):
@@ -539,8 +553,8 @@ def advantages(rewards):
 
     In `blind_reward`, the broken call gets 2.5 and each of the seven calls -0.35. All eight start
     with <tool_call>, and part at the next token. So RL pushes <|im_end|> up there, and {"name": "
-    down. Little in its log made the base look at the question there, so calls break on tool tasks,
-    too. Those push the other way, but they are few.
+    down. In the careless log, breaking off had nothing to do with the question, so what RL teaches
+    on no-call tasks carries over to tool tasks. Those push the other way, but they are few.
     """
     mean = rewards.mean(1, keepdim=True)  # [groups, 1]
     # Dividing by the spread makes a rare success count for more. The small number is for groups of
@@ -553,9 +567,9 @@ def grpo_loss(log_probs, old_log_probs, advantage, written, clip):
     """SFT's loss with an advantage and a ratio. [M, T-1] each, advantage [M] -> a scalar
 
     The first two are log-probabilities of tokens 1 to T-1, now and when they were sampled; written
-    says which of them the policy wrote. It is minus the mean, over all written tokens of the batch,
-    of min(ratio x advantage, clipped ratio x advantage); the clipped ratio is from 1 - clip to
-    1 + clip. What the policy did not write, it is not to blame for: prompts, results, padding.
+    says which of them the policy wrote. The loss is minus the mean, over all written tokens of the
+    batch, of min(ratio x advantage, clipped ratio x advantage); the clipped ratio is from 1 - clip
+    to 1 + clip. What the policy did not write, it is not to blame for: prompts, results, padding.
     """
     # The policy has moved since it sampled these tokens. The ratio, new probability by old,
     # corrects for that. In the first minibatch it is 1, and its gradient is that of log p.
@@ -569,9 +583,9 @@ def grpo_loss(log_probs, old_log_probs, advantage, written, clip):
     return -(objective * written).sum() / written.sum()
 
 
-# What the two losses do to the logit of a right token of probability p. SFT is shown the token. RL
-# has to sample it first, and pushes on average by p (1 - p) d, where d is the mean advantage of
-# rollouts with the token minus that of rollouts without. Where all rewards are equal, d is 0.
+# What the two losses do to the logit of a right token of probability p. SFT is shown the token, and
+# pushes by 1 - p. RL has to sample it first, and pushes on average by p (1 - p) d, where d is the
+# mean advantage of rollouts with the token less that of rollouts without: 0 for equal rewards.
 #
 #     p        SFT pushes     RL pushes
 #     0.5      0.5            0.25 d
@@ -586,8 +600,7 @@ def grpo_update(policy, optimizer, episodes, advantage, settings, rng):
         chosen = [episodes[row] for row in rows]
         ids, written, old_log_probs = batch(chosen, policy.device)  # [M, T], [M, T-1] twice
         log_probs = token_log_probs(policy, ids)  # [M, T-1]
-        gain = advantage[rows].to(policy.device)  # [M]
-        loss = grpo_loss(log_probs, old_log_probs, gain, written, settings.clip)
+        loss = grpo_loss(log_probs, old_log_probs, advantage[rows], written, settings.clip)
         descend(policy, optimizer, loss)
 
 
@@ -598,7 +611,7 @@ def teacher_messages(episode, hasty_share, rng):
     """What a hasty teacher writes: right, but many of its long conversations end too early.
 
     It then answers after the first call, or after the first or second of three, with the person
-    that it has got to. So SFT alone ends at the teacher's level.
+    that it has got to. What imitates it cannot be expected to do better than it does.
     """
     calls = len(episode.gold_calls)
     if calls < 2 or rng.random() >= hasty_share:
@@ -611,8 +624,9 @@ def teacher_messages(episode, hasty_share, rng):
 def demonstrations(chat, settings, rng):
     """A batch of the teacher's conversations: mostly short ones, a quarter without a call.
 
-    Asking back earns 1, too. Once the policy does it, a broken call is no better than its group.
-    All are in format A, so the policy learns to write it where B is asked for, too: the price.
+    The latter ask back, which earns 1 as a broken call does. Once the policy asks back, too, a
+    broken call is no better than its group. All demonstrations are in format A, so the policy
+    learns to write it where B is asked for, too: that is the price.
     """
     episodes = []
     for kind in rng.choice(KINDS, settings.sft_batch, p=[0.25, 0.6, 0.15]):
@@ -622,7 +636,10 @@ def demonstrations(chat, settings, rng):
 
 
 def new_groups(chat, settings, rng):
-    """The N = groups x group_size new episodes of an RL step, those of one task side by side."""
+    """The N = groups x group_size new episodes of an RL step, those of one task side by side.
+
+    RL plays no task of one call. Those are only measured.
+    """
     episodes = []
     for _ in range(settings.groups):
         kind = "no_call" if rng.random() < settings.no_call_share else "multi_step"
@@ -635,11 +652,12 @@ def new_groups(chat, settings, rng):
 def train_arm(arm, base_policy, base_eval, chat, settings, seed, out):
     """Train a copy of the base as the arm says. -> its evaluations, that of the base first
 
-    Once the policy breaks every call, groups of no-call tasks earn 1 1 1 1 1 1 1 1 and groups of
-    tool tasks 0 0 0 0 0 0 0 0. Equal rewards mean advantages of 0 and a gradient of 0, so RL has no
-    way back. Few rewards depended on the choice of names, which is the skill, and none on format B.
-    With SFT, no-call groups are equal, too, but because they ask back. The long tasks alone still
-    differ, and there the whole conversation beats the hasty one: RL goes beyond the teacher.
+    In rl, groups of no-call tasks earn 1 1 1 1 1 1 1 1 in the end and groups of tool tasks
+    0 0 0 0 0 0 0 0. Equal rewards mean advantages of 0 and a gradient of 0: nothing leads back.
+    In interleaved, no-call groups are equal, too, but because they ask back. The long tasks alone
+    still differ, and there the whole conversation beats the hasty one. So RL goes beyond the
+    teacher, once SFT leaves it alone: SFT fades, because at a constant rate it holds the policy at
+    the teacher's level.
     """
     policy = copy.deepcopy(base_policy)
     does = ARMS[arm]
@@ -648,14 +666,14 @@ def train_arm(arm, base_policy, base_eval, chat, settings, seed, out):
     rl_optimizer = torch.optim.Adam(policy.parameters())
     sft_optimizer = torch.optim.Adam(policy.parameters())
     evaluations = [base_eval]
-    equal_groups = []  # in RL steps since the last evaluation
+    equal_groups = []  # their shares in RL steps since the last evaluation
+    sft_end = settings.sft_until * settings.steps  # the step at which SFT's rate has fallen to 0
     for step in tqdm(range(1, settings.steps + 1), arm, leave=False, disable=None):
-        # SFT fades, or it would hold the policy at the teacher's level.
-        left = 1 - step / (settings.sft_until * settings.steps)
-        if "sft" in does and step > 1 and left > 0:
-            sft_optimizer.param_groups[0]["lr"] = settings.sft_lr * left
+        due = step > 1 and (step - 1) % settings.sft_every == 0
+        if "sft" in does and due and step < sft_end:
+            sft_optimizer.param_groups[0]["lr"] = settings.sft_lr * (1 - step / sft_end)
             rng = rng_for(seed, "demonstrations", step)
-            for _ in range(settings.sft_updates):
+            for _ in range(settings.sft_steps):
                 sft_update(policy, sft_optimizer, demonstrations(chat, settings, rng))
         if "rl" in does:
             # Play: each task several times.
@@ -664,12 +682,12 @@ def train_arm(arm, base_policy, base_eval, chat, settings, seed, out):
             # Score, and compare each rollout with its group.
             rewards = torch.tensor([reward(episode) for episode in episodes])  # [N]
             rewards = rewards.view(settings.groups, settings.group_size)  # [groups, group_size]
-            advantage = advantages(rewards).flatten()  # [N]
-            # Push.
-            rl_optimizer.param_groups[0]["lr"] = settings.lr * min(1, step / 10)  # a warm-up
+            advantage = advantages(rewards).flatten().to(policy.device)  # [N]
+            # Push. The rate rises over ten steps, because Adam's first steps are rough.
+            rl_optimizer.param_groups[0]["lr"] = settings.lr * min(1, step / 10)
             rng = rng_for(seed, "order", step)
             grpo_update(policy, rl_optimizer, episodes, advantage, settings, rng)
-            equal_groups.append((rewards == rewards[:, :1]).all(1).float().mean().item())
+            equal_groups.append((rewards.std(1) == 0).float().mean().item())
         if step % settings.eval_every == 0 or step == settings.steps:
             evaluation = evaluate(policy, chat, settings, seed, arm, step)
             if "rl" in does:
@@ -685,10 +703,10 @@ def train_arm(arm, base_policy, base_eval, chat, settings, seed, out):
 
 # %% Probes: what a policy does, and what it still could do
 
-# probe: (kind of held-out task, format). Neither RL nor its SFT ever shows format B.
+# probe: (kind of held-out task, format). In the arms, neither RL nor SFT ever shows format B.
 PROBES = {"success": ("multi_step", "A"), "one_call": ("one_call", "A")}
 PROBES |= {"format_b": ("multi_step", "B"), "ask": ("no_call", "A")}
-# place in a gold conversation: what is due there
+# place in a gold conversation: what is due there, which is what stands there
 PLACES = {"call": OPEN["A"], "json": "JSON", "close": CLOSE["A"], "end": END, "reply": "text"}
 
 
@@ -710,7 +728,8 @@ def teacher_forced(policy, episodes):
 
     p[place][control token] is the token's mean probability there. skill is the policy's success if
     it were told what stands at these places, and had only to write the rest, which is mainly names:
-    the probability to sample all of it right.
+    the probability to sample all of it right. (Teacher forcing is the usual word for feeding a text
+    that the policy did not write. It has nothing to do with the hasty teacher.)
     """
     for episode in episodes:
         replay(episode, episode.gold)
@@ -766,7 +785,7 @@ def evaluate(policy, chat, settings, seed, arm, step):
     gold = [Episode(chat, episode.question, episode.directory) for episode in played["success"]]
     event["skill"], event["p"] = teacher_forced(policy, gold)
     messages = sum([episode.messages for episode in played["success"]], [])
-    # Such a message holds tags alone, or nothing. The paper calls it collapsed.
+    # A message of tags alone, or an empty one, is what the paper calls collapsed.
     event["bare_tags"] = fmean(not re.sub(ANY_TAG, "", message) for message in messages)
     event["conversation"] = transcript(played["success"][0])
     return event
@@ -774,18 +793,20 @@ def evaluate(policy, chat, settings, seed, arm, step):
 
 # %% Report: what is printed, and which claims a run bears out
 
-DOWN = 0.05  # a policy with no more success than this is down
+# A policy is down with success of 0.05 or less. A control token has spiked with a probability, at a
+# place where it is not due, of 0.4 or more and of five times the base's.
+DOWN = 0.05
 COLUMNS = {"success": 7, "skill": 5, "one_call": 4, "format_b": 6, "ask": 4}  # figure: its width
 COLUMNS |= {"no_call_reward": 7, "equal_groups": 6}
 HEADER = """\
                    one_ format      no_call equal_ the control token that rose most
 step success skill call     _b  ask _reward groups where it is not due"""
 CLAIMS = {
-    "collapse": "rl ends with three evaluations in a row at success of 0.02 or less",
-    "control_token": "when rl is first down, the control token that rose most has spiked (*)",
+    "collapse": "the base solves 0.2 or more, rl 0.02 or less at its last three evaluations",
+    "control_token": "rl goes down, and the control token that rose most has then spiked (*)",
     "intact": "rl then has 0.8 or more of the base's skill",
     "fix": "interleaved ends with success and one_call of 0.9 or more, and no spike",
-    "together": "interleaved ends at success 0.2 or more above sft, and above the base",
+    "together": "interleaved ends at success 0.2 or more above both sft and the base",
     "price": "interleaved ends with format_b below 0.8 of the base's",
     "cause": "a control token spikes in rl, and none ever does in rl-strict",
 }
@@ -811,7 +832,7 @@ def control_token_shifts(evaluation, base_eval):
     for place, due in PLACES.items():
         for token, p in evaluation["p"][place].items():
             base_p = base_eval["p"][place][token]
-            spiked = p >= 0.4 and p >= 5 * base_p  # it is common now, and it was not
+            spiked = p >= 0.4 and p >= 5 * base_p
             if token != due:
                 shifts.append(Shift(p - base_p, p, token, place, spiked))
     return sorted(shifts, reverse=True)
@@ -832,8 +853,9 @@ def print_row(evaluation, base_eval):
 
 
 def print_moment(evaluation):
-    """What messages look like at one evaluation."""
-    say(f"\nstep {evaluation['step']}: {evaluation['bare_tags']:.0%} of all messages are bare tags")
+    """How often messages are broken at one evaluation, and a conversation."""
+    step = evaluation["step"]
+    say(f"\nstep {step}: {evaluation['bare_tags']:.0%} of messages on long tasks are bare tags")
     say(f"one held-out task, and what the policy writes:\n{evaluation['conversation'].strip()}")
 
 
@@ -898,7 +920,7 @@ def judge(history):
 
 def tiny_tokenizer():
     """Tags, names and roles are tokens, and each text between them is one, "The answer is "."""
-    pad = "<pad>"  # not <|im_end|>, or code that masks padding would mask the end, too
+    pad = "<pad>"  # not <|im_end|>: trainers that mask padding would then mask the end, too
     # All that is said in the tiny world, but for names.
     texts = ["system\n" + WORDING["system"].replace("TAG", OPEN["A"]), "user\n", " of ", " ?"]
     texts += ["assistant\n", call_text(TOOLS[0], PEOPLE[0], "A"), "tool\n", "error"]
@@ -1040,7 +1062,7 @@ def read_settings(argv):
 def start(settings):
     """Check all that a run needs before it takes its time. -> Chat, pretrained policy, --out"""
     if not settings.model:
-        torch.set_num_threads(1)  # a second thread gains a tiny model little
+        torch.set_num_threads(1)  # more threads cost a tiny model more than they gain
     try:
         where = f"--device {settings.device}"
         torch.zeros(1, device=settings.device).item()
