@@ -71,6 +71,7 @@ A run, with the functions that do it:
 import argparse
 import copy
 import functools
+import itertools
 import json
 import os
 import re
@@ -288,6 +289,14 @@ class Chat:
     def tool_result(self, result):
         """What the policy reads after the <|im_end|> of a call. -> ids"""
         return self.encode(self.after_call.replace("TOOL", result))
+
+    @functools.cache
+    def name_flags(self, message):
+        """For each token of a message: is it part of the name of a tool or a person?"""
+        painted = re.sub(ANY_NAME, lambda name: "#" * len(name[0]), message)  # no message holds a #
+        ids = self.encode(message)
+        ends = [len(self.decode(ids[:k])) for k in range(len(ids) + 1)]
+        return ["#" in painted[start:end] for start, end in itertools.pairwise(ends)]
 
 
 # %% Environment: the harness, and what it rewards
@@ -711,7 +720,7 @@ PLACES = {"call": OPEN["A"], "json": "JSON", "close": CLOSE["A"], "end": END, "r
 
 
 def place_of(episode, t):
-    """Where token t of a gold conversation stands: one of PLACES, or None within JSON or a text."""
+    """Where token t of a gold conversation stands: one of PLACES, or None in between."""
     due = episode.chat.control.get(episode.ids[t])
     before = episode.chat.control.get(episode.ids[t - 1])
     for place, token in PLACES.items():
@@ -727,9 +736,9 @@ def teacher_forced(policy, episodes):
     """Feed gold conversations, whatever the policy would have written, and look what it predicts.
 
     p[place][control token] is the token's mean probability there. skill is the policy's success if
-    it were told what stands at these places, and had only to write the rest, which is mainly names:
-    the probability to sample all of it right. (Teacher forcing is the usual word for feeding a text
-    that the policy did not write. It has nothing to do with the hasty teacher.)
+    it had only the names of tools and people to write: the probability to sample all of them right.
+    (Teacher forcing is the usual word for feeding a text that the policy did not write. It has
+    nothing to do with the hasty teacher.)
     """
     for episode in episodes:
         replay(episode, episode.gold)
@@ -741,13 +750,17 @@ def teacher_forced(policy, episodes):
     skills = []
     found = {place: [] for place in PLACES}
     for row, episode in enumerate(episodes):
+        is_name = []  # for each token that the policy should write
+        for message in episode.gold:
+            is_name += episode.chat.name_flags(message + END)
+        should_write = [t for t, flag in enumerate(episode.written) if flag]
         log_skill = 0.0
-        for t in range(1, len(episode.ids)):
-            place = place_of(episode, t)
-            if episode.written[t] and place:
-                found[place].append(p_control[row, t - 1])
-            elif episode.written[t]:
+        for t, flag in zip(should_write, is_name, strict=True):
+            if flag:
                 log_skill += log_right[row][t - 1]
+            place = place_of(episode, t)
+            if place:
+                found[place].append(p_control[row, t - 1])
         skills.append(np.exp(log_skill))
     p = {}
     for place, rows in found.items():
