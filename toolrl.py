@@ -830,7 +830,7 @@ def say(text):
     """Print at once, with a ? for what the console cannot write, and nothing wider than 100."""
     encoding = sys.stdout.encoding or "utf-8"
     for line in text.encode(encoding, "replace").decode(encoding).split("\n"):
-        tqdm.write(textwrap.fill(line, 100, drop_whitespace=False, replace_whitespace=False))
+        tqdm.write(textwrap.fill(line, 100, drop_whitespace=False, break_on_hyphens=False))
     sys.stdout.flush()
 
 
@@ -1021,6 +1021,9 @@ def check_tasks(chat):
         if not train or not held_out or set(train) & set(held_out):
             raise ValueError(f"{kind}: train and held_out need questions, and none in common")
         for question in train + held_out:
+            tools, person = parse_question(question)
+            if not {*tools, person} <= set(NAMES):
+                raise ValueError(f"{question!r} names a tool or a person that is not listed")
             for fmt in OPEN:
                 episode = Episode(chat, question, directory, fmt)
                 replay(episode, episode.gold)
@@ -1054,7 +1057,7 @@ def rehearse(pretrained, chat, settings):
 def read_settings(argv):
     """The command line -> Settings. Bad input ends the program with a line and exit code 2."""
     usage = "python toolrl.py [--FLAG VALUE ...], where several values have spaces between them"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("toolrl", usage, __doc__.partition("\n")[0])
     code = FILE.read_text(encoding="utf-8")
     comments = dict(re.findall(r"^    (\w+): .*  # (.+)$", code, re.MULTILINE))
     for name, value in vars(Settings()).items():
@@ -1068,7 +1071,7 @@ def read_settings(argv):
             parser.set_defaults(**PRETRAINED)
             settings = Settings(**vars(parser.parse_args(argv)))
     except ValueError as error:
-        parser.error(f"--{error}")
+        parser.error("--" + str(error).replace("_", "-"))
     return settings
 
 
