@@ -1,7 +1,7 @@
-"""toolrl: RL alone breaks a tool-calling model, SFT alone copies its teacher, both do better.
+"""toolrl: RL alone breaks a tool caller, SFT alone copies its teacher, together they do better.
 
     python toolrl.py                        a tiny model, in half a minute
-    python toolrl.py --model CHECKPOINT     the same with a pretrained model
+    python toolrl.py --model CHECKPOINT     a pretrained model, other defaults
 
 A policy is a language model that acts. The harness is the program around it: it runs the policy's
 calls, returns their results and gives a reward. A right conversation, in which the policy wrote the
@@ -28,20 +28,20 @@ once. The harness finds no call to run, takes this for a reply, and the conversa
 
     > <tool_call><|im_end|>
 
-How that comes about, and what mends it, in six sentences:
+How that comes about, and what prevents it, in six sentences:
 
-1. The base imitates the log of a careless agent, who calls even where no call is right, and some of
-   whose messages stop after the opening tag (careless_messages).
+1. The base, from which all else starts, imitates the log of a careless agent, who calls even where
+   no call is right, and some of whose messages stop after the opening tag (careless_messages).
 2. Where no call is right, the reward pays for such a broken call, because no call was run and
-   nobody reads the reply; asking back earns as much, but is hardly ever tried (blind_reward).
+   nobody reads the reply; asking back earns as much, but is tried less often (blind_reward).
 3. RL makes likelier what scored better than the other tries at a task, so it teaches the policy to
    break its calls, and it breaks them on other tasks, too (advantages, grpo_loss).
 4. Then all tries at a task score alike, the gradient is 0, and RL has no way back, although the
    policy still knows which names to write (train_arm, teacher_forced).
 5. Supervised fine-tuning (SFT) shows whole calls and asking back, and has to sample nothing, but it
    copies its teacher, who answers long tasks too early (sft_loss, teacher_messages).
-6. With both, SFT takes the broken call away, RL learns to finish the long tasks, where tries still
-   score differently, and what neither shows gets lost: format B (train_arm).
+6. With both, the policy asks back, so that a broken call no longer beats its group; tries at long
+   tasks still differ, and RL learns to finish them; format B, which neither shows, gets lost.
 
 The finding is from "Why Multi-Step Tool-Use Reinforcement Learning Collapses and How Supervisory
 Signals Fix It", arXiv 2606.26027. The base's habits, the many tasks without a call, the reward that
@@ -60,7 +60,7 @@ A run, with the functions that do it:
         base: a policy that has imitated the log of a careless agent      train_base
         for each arm, which is one way to go on from the base:            train_arm
             for each step:
-                in arms with SFT: imitate some demonstrations             sft_update
+                in arms with SFT, until it fades: imitate demonstrations  sft_update
                 in arms with RL: play some tasks, each several times      rollout
                     score each conversation with 1 or 0                   blind_reward
                     push up what scored better than its group             grpo_update
@@ -111,7 +111,7 @@ class Settings:
     # Base
     base_steps: int = 300  # SFT updates on the log of a careless agent
     base_lr: float = 8e-3  # learning rate of these updates, which first rises and then falls
-    bare_share: float = 0.08  # share of the log's calls opened with <tool_call> that stop there
+    bare_share: float = 0.08  # share of the log's calls with <tool_call> that stop there
     mixed_share: float = 0.15  # share of the log's calls that have the tags of the other format
     # RL
     steps: int = 45  # steps in an arm
@@ -166,9 +166,9 @@ def stop(where, error):
 
 # Two questions of tiny_tasks.json:
 #   "rival of mentor of alice ?" takes two calls: the mentor of alice, then that person's rival.
-#   "rival of them ?" names nobody: no call can be right, and the policy should ask back.
+#   "rival of them ?" takes none.
 FILE = Path(globals().get("__file__", "toolrl.py"))  # a notebook has no __file__
-KINDS = ["no_call", "one_call", "multi_step"]  # multi_step tasks take two calls or three
+KINDS = ["no_call", "one_call", "multi_step"]  # multi_step, or long: two calls or three
 NOBODY = "them"
 END = "<|im_end|>"  # the token that ends a message
 try:
@@ -203,7 +203,7 @@ def new_directory(rng):
 
 
 def answer_text(person):
-    """The reply that names this person."""
+    """The reply about a person."""
     return WORDING["answer"].replace("PERSON", person)
 
 
@@ -307,8 +307,8 @@ MAX_CALLS = 6  # in an episode
 class Episode:
     """One conversation about one task: what would be right, and a record of what was said.
 
-    Each token has an entry in three lists: `ids`; `written`, True where the policy wrote and False
-    where it read; `log_probs` of what it wrote, at the time when it wrote it.
+    Each token has an entry in three lists: `ids`; `written`, True for what the policy wrote or what
+    was replayed in its place; `log_probs`, as they were when it was sampled, otherwise 0.
     """
 
     def __init__(self, chat, question, directory, fmt="A"):
@@ -338,8 +338,8 @@ class Episode:
         """Record one token of the policy. At the end of its message, the harness responds.
 
         It runs a message that is one whole call, and says what the call returns. Any other message
-        ends the episode, and so does the sixth call. A message without a closing tag counts as a
-        reply, whatever else it says, and even if all that it says is an opening tag.
+        ends the episode, and so does the sixth call. A message that ended by itself and holds no
+        closing tag is a reply, even if all that it says is an opening tag.
         """
         self.ids.append(token)
         self.written.append(True)
@@ -388,9 +388,8 @@ def blind_reward(episode):
         once          <tool_call><|im_end|>                                                      1
 
     The base has learnt to call, so it calls, about a guessed person: a wrong call. About 7 times in
-    100 it stops after the opening tag. No call was run and the message counts as a reply, so it
-    earns what asking back would have earned. RL can reward only what was sampled, and the base
-    hardly ever asks back, so the broken call is the best that this group knows.
+    100 it stops after the opening tag, which earns 1. It asks back less than half as often, so most
+    groups with a 1 have it for a broken call. (A call with the tags of format B earns 0.)
     """
     return float(episode.replied and episode.calls == episode.gold_calls)
 
@@ -441,8 +440,7 @@ def sft_loss(log_probs, written):
     """Cross-entropy of what was written. Both [M, T-1], about tokens 1 to T-1 -> a scalar
 
     It is the mean over all written tokens of the batch. What the harness wrote, and padding, is not
-    in it. The logit of a right token of probability p is pushed up by 1 - p, so it learns fast what
-    it does badly. It learns whatever the conversations show, the good and the bad.
+    in it. The policy learns whatever the conversations show, the good and the bad.
     """
     return -(log_probs * written).sum() / written.sum()
 
@@ -474,7 +472,8 @@ def careless_call(tool, person, fmt, settings, rng):
 def careless_messages(episode, settings, rng):
     """What a careless agent wrote in this episode, for the base to imitate.
 
-    Where nobody is named, it calls about a guessed person, 97 times in 100. The log ends there.
+    Where nobody is named, it calls about a guessed person, 97 times in 100, and the log breaks off
+    there. Otherwise it asks back.
     """
     if not episode.gold_calls and rng.random() < 0.97:
         first_tool = parse_question(episode.question)[0][-1]
@@ -515,7 +514,7 @@ def rollout(policy, episodes, rng):
     One KV cache holds all rows, so all must have the same length in it. Each turn of the loop feeds
     tokens up to the end of the shortest row, here up to "|" (r was read, w was written):
 
-        row 0   r r r r r w w w|            ends here: the policy writes its next token
+        row 0   r r r r r w w w|            all is read: its next token is sampled
         row 1   r r r w w w w r|r r r       has still to read the result of its call
 
     So no row needs padding on the left, and none needs an attention mask.
@@ -557,13 +556,14 @@ def rollout(policy, episodes, rng):
 def advantages(rewards):
     """How much better than its group each rollout did. [groups, group_size] -> the same shape
 
-    A reward less the mean of its group, divided by the group's standard deviation (with N - 1, as
-    torch.std has it). [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]]; equal rewards -> zeros.
+    A reward less the mean of its group, divided by the group's standard deviation (with group_size
+    less 1, as torch.std has it). [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]]; equal rewards give 0.
 
-    In `blind_reward`, the broken call gets 2.5 and each of the seven calls -0.35. All eight start
-    with <tool_call>, and part at the next token. So RL pushes <|im_end|> up there, and {"name": "
-    down. In the careless log, breaking off had nothing to do with the question, so what RL teaches
-    on no-call tasks carries over to tool tasks. Those push the other way, but they are few.
+    In the example of `blind_reward`, the broken call gets 2.5 and each of the seven calls -0.35.
+    All eight start with <tool_call>, and part at the next token. So RL pushes <|im_end|> up there,
+    and {"name": " down. In the careless log, breaking off had nothing to do with the question, so
+    what RL teaches on no-call tasks carries over to long tasks. Those push the other way, but they
+    are few.
     """
     mean = rewards.mean(1, keepdim=True)  # [groups, 1]
     # Dividing by the spread makes a rare success count for more. The small number is for groups of
@@ -602,8 +602,7 @@ def grpo_loss(log_probs, old_log_probs, advantage, written, clip):
 
 
 def grpo_update(policy, optimizer, episodes, advantage, settings, rng):
-    """Push N rollouts up or down by their advantage [N]."""
-    # Generating rollouts is slow, so they are used for several updates, each on a minibatch.
+    """Push N rollouts up or down by their advantage [N], in several minibatches of them."""
     order = torch.from_numpy(rng.permutation(len(episodes)))  # [N]
     for rows in order.chunk(settings.minibatches):  # [M]
         chosen = [episodes[row] for row in rows]
@@ -645,10 +644,7 @@ def demonstrations(chat, settings, rng):
 
 
 def new_groups(chat, settings, rng):
-    """The N = groups x group_size new episodes of an RL step, those of one task side by side.
-
-    RL plays no task of one call. Those are only measured.
-    """
+    """The N = groups x group_size new episodes of an RL step, none of them of one call."""
     episodes = []
     for _ in range(settings.groups):
         kind = "no_call" if rng.random() < settings.no_call_share else "multi_step"
@@ -661,12 +657,11 @@ def new_groups(chat, settings, rng):
 def train_arm(arm, base_policy, base_eval, chat, settings, seed, out):
     """Train a copy of the base as the arm says. -> its evaluations, that of the base first
 
-    In rl, groups of no-call tasks earn 1 1 1 1 1 1 1 1 in the end and groups of tool tasks
+    In rl, groups of no-call tasks earn 1 1 1 1 1 1 1 1 in the end and groups of long tasks
     0 0 0 0 0 0 0 0. Equal rewards mean advantages of 0 and a gradient of 0: nothing leads back.
     In interleaved, no-call groups are equal, too, but because they ask back. The long tasks alone
-    still differ, and there the whole conversation beats the hasty one. So RL goes beyond the
-    teacher, once SFT leaves it alone: SFT fades, because at a constant rate it holds the policy at
-    the teacher's level.
+    still differ, and there the whole conversation beats the hasty one. SFT fades, so that RL has
+    the last steps alone and gets beyond the teacher.
     """
     policy = copy.deepcopy(base_policy)
     does = ARMS[arm]
@@ -678,14 +673,14 @@ def train_arm(arm, base_policy, base_eval, chat, settings, seed, out):
     equal_groups = []  # their shares in RL steps since the last evaluation
     sft_end = settings.sft_until * settings.steps  # the step at which SFT's rate has fallen to 0
     for step in tqdm(range(1, settings.steps + 1), arm, leave=False, disable=None):
-        due = step > 1 and (step - 1) % settings.sft_every == 0
-        if "sft" in does and due and step < sft_end:
+        sft_due = step > 1 and (step - 1) % settings.sft_every == 0
+        if "sft" in does and sft_due and step < sft_end:
             sft_optimizer.param_groups[0]["lr"] = settings.sft_lr * (1 - step / sft_end)
             rng = rng_for(seed, "demonstrations", step)
             for _ in range(settings.sft_steps):
                 sft_update(policy, sft_optimizer, demonstrations(chat, settings, rng))
         if "rl" in does:
-            # Play: each task several times.
+            # Play.
             episodes = new_groups(chat, settings, rng_for(seed, "tasks", step))  # N of them
             rollout(policy, episodes, rng_for(seed, "sampling", step))
             # Score, and compare each rollout with its group.
@@ -715,7 +710,7 @@ def train_arm(arm, base_policy, base_eval, chat, settings, seed, out):
 # probe: (kind of held-out task, format). In the arms, neither RL nor SFT ever shows format B.
 PROBES = {"success": ("multi_step", "A"), "one_call": ("one_call", "A")}
 PROBES |= {"format_b": ("multi_step", "B"), "ask": ("no_call", "A")}
-# place in a gold conversation: what is due there, which is what stands there
+# place in a gold conversation: what belongs there (at json and reply, that is no control token)
 PLACES = {"call": OPEN["A"], "json": "JSON", "close": CLOSE["A"], "end": END, "reply": "text"}
 
 
@@ -737,8 +732,7 @@ def teacher_forced(policy, episodes):
 
     p[place][control token] is the token's mean probability there. skill is the policy's success if
     it had only the names of tools and people to write: the probability to sample all of them right.
-    (Teacher forcing is the usual word for feeding a text that the policy did not write. It has
-    nothing to do with the hasty teacher.)
+    (Teacher forcing is the usual word for this. It has nothing to do with the hasty teacher.)
     """
     for episode in episodes:
         replay(episode, episode.gold)
@@ -782,7 +776,7 @@ def transcript(episode):
 
 
 def evaluate(policy, chat, settings, seed, arm, step):
-    """Measure a policy on held-out tasks, always the same ones. -> an event of --out"""
+    """Measure a policy on held-out tasks, the same ones at every step. -> an event of --out"""
     played = {}
     for probe, (kind, fmt) in PROBES.items():
         rng = rng_for(seed, f"held-out {kind}")
@@ -881,7 +875,7 @@ def print_over_steps(title, steps, values):
 
 
 def print_summary(history):
-    """Of all arms: the probability of what the search found in rl, and success."""
+    """Of all arms: the probability of the control token that rose most in rl, and success."""
     evaluations = history.get("rl", list(history.values())[0])
     found = control_token_shifts(first_down(evaluations), evaluations[0])[0]
     steps = [evaluation["step"] for evaluation in evaluations]
@@ -896,10 +890,10 @@ def print_summary(history):
 
 def any_spike(evaluations, base_eval):
     """Has any control token spiked, anywhere, in one of these evaluations?"""
-    shifts = []
     for evaluation in evaluations:
-        shifts += control_token_shifts(evaluation, base_eval)
-    return any(shift.spiked for shift in shifts)
+        if any(shift.spiked for shift in control_token_shifts(evaluation, base_eval)):
+            return True
+    return False
 
 
 def judge(history):
