@@ -18,7 +18,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -81,15 +80,6 @@ def test_advantages_of_one_success_in_four():
         BIASED: "1.732 -0.577 -0.577 -0.577",
     }
     grade(toolrl.advantages(numbers("1 0 0 0")), "1.5 -0.5 -0.5 -0.5", mistakes)
-
-
-def test_advantages_of_a_rare_success_are_large():
-    found = toolrl.advantages(numbers("1 0 0 0 0 0"))
-    mistakes = {
-        BIASED: "2.236 -0.447 -0.447 -0.447 -0.447 -0.447",
-        NO_SPREAD: "0.833 -0.167 -0.167 -0.167 -0.167 -0.167",
-    }
-    grade(found, "2.041 -0.408 -0.408 -0.408 -0.408 -0.408", mistakes)
 
 
 def test_advantages_compare_with_the_group_and_not_with_the_batch():
@@ -394,20 +384,16 @@ def test_rollout_samples_at_temperature_one_by_its_random_generator():
         tries.append([episode.messages == [""] for episode in episodes])
     why = "the likeliest token is taken, and not sampled, or at another temperature"
     assert np.mean(tries) == pytest.approx(0.3, abs=0.05), why
-    assert tries[0] == tries[1], "the same generator gives another rollout"
-    assert tries[0] != tries[2], "another generator gives the same rollout"
+    assert tries[0] == tries[1] != tries[2], "it samples by something else than its generator"
 
 
 # %% What the other tests are made of
 
-FILES = ("toolrl.py", "tiny_tasks.json", "README.md")
 HERE = Path(toolrl.__file__).parent
-CODE, TASKS_TEXT, README = [
-    (HERE / name).read_text(encoding="utf-8") if (HERE / name).exists() else "" for name in FILES
-]
+CODE = (HERE / "toolrl.py").read_text(encoding="utf-8")
+TASKS_TEXT = (HERE / "tiny_tasks.json").read_text(encoding="utf-8")
 SMALL = toolrl.Settings(device="cpu", groups=4, group_size=4, eval_episodes=8, sft_batch=8)
-LITTLE = "--device cpu --base-steps 2 --steps 4 --eval-every 2 --eval-episodes 4 --groups 2"
-LITTLE = f"{LITTLE} --group-size 4 --minibatches 2 --lr 0.05 --sft-batch 16".split()
+OTHER_CALL = CALL.replace("tool_call>", "function>")  # the same call in format B
 
 
 def bpe_tokenizer():
@@ -417,7 +403,6 @@ def bpe_tokenizer():
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=290, special_tokens=["<|im_start|>", END])
     trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer.show_progress = False
     core.train_from_iterator(['{"name": "", "arguments": {"of": ""}} user system tool'], trainer)
     # Where there is no system prompt, its template puts in one of its own.
     default = "<|im_start|>system\nYou are kind<|im_end|>\n{% endif %}"
@@ -428,7 +413,7 @@ def bpe_tokenizer():
 
 
 with_tags = bpe_tokenizer()
-with_tags.add_tokens(CONTROL, special_tokens=True)
+with_tags.add_tokens(CONTROL[::-1], special_tokens=True)  # ids in another order than the tags
 BPE = toolrl.Chat(with_tags)
 with_both = pytest.mark.parametrize("chat", [TINY, BPE], ids=["tiny", "bpe"])
 
@@ -441,11 +426,6 @@ def save_checkpoint(folder, config=None, **changes):
     policy.to(torch.bfloat16).save_pretrained(folder)
     bpe_tokenizer().save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="session")
@@ -466,33 +446,32 @@ def put(thing, path, value):
     thing[name] = value
 
 
-def load_copy(folder, code=CODE, tasks=None):
-    """Another toolrl.py and tiny_tasks.json, as a module of their own."""
-    (folder / "toolrl.py").write_text(code, encoding="utf-8")
-    (folder / "tiny_tasks.json").write_bytes(tasks or TASKS_TEXT.encode())
+def load_copy(folder):
+    """The toolrl.py of another folder, as a module of its own."""
     spec = importlib.util.spec_from_file_location("toolrl_copy", folder / "toolrl.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["toolrl_copy"] = module
-    spec.loader.exec_module(module)
-    return module
+    sys.modules["toolrl_copy"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["toolrl_copy"])
+    return sys.modules["toolrl_copy"]
 
 
-def run_little(out, *flags, module=toolrl):
-    """A run of a second or two. -> the lines of its --out"""
+LITTLE = "--device cpu --base-steps 2 --steps 4 --eval-every 2 --eval-episodes 4 --groups 2"
+LITTLE = f"{LITTLE} --group-size 4 --minibatches 2 --lr 0.05 --sft-batch 16".split()
+
+
+def run_little(out, *flags, folder=None):
+    """A run of a second or two, of the toolrl.py of a folder. -> the lines of its --out"""
+    module = load_copy(folder) if folder else toolrl
     module.main(module.read_settings([*LITTLE, "--out", str(out), *flags]))
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 
-def refused(capsys, words, run, code=2):
-    """A run ends with this exit code, and says in one line what to mend. -> the line"""
-    capsys.readouterr()
+def refused(capsys, words, *run, code=2, folder=None):
+    """A little run ends with an exit code, and its last line says what to mend. -> the line"""
     with pytest.raises(SystemExit) as stop:
-        run()
-    said = capsys.readouterr().err.strip().splitlines()
-    ours = [line for line in said if re.match("toolrl|usage", line)]  # others warn, too
-    assert stop.value.code == code and len(ours) <= 2 and len(said[-1]) < 620
-    assert words in said[-1], said
-    return said[-1]
+        run_little(*run, folder=folder)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == code and words in line and len(line) < 620
+    return line
 
 
 # %% Tasks, text and tokens
@@ -505,79 +484,53 @@ def test_a_question_is_walked_from_the_person_outwards_and_nobody_is_asked_for()
     assert toolrl.right_answer("rival of mentor of them ?", directory) == ([], ASK)
 
 
-def test_a_directory_differs_by_tool_by_person_and_by_task():
-    one, other = [toolrl.new_directory(rng_for(seed, "x")) for seed in (0, 1)]
-    assert one != other and set(one) == set(LEO)
-    assert len({one["rival", person] for person in toolrl.PEOPLE}) > 3
-    assert len({one[tool, "leo"] for tool in toolrl.TOOLS}) > 1
-
-
 def fingerprint():
-    """What has to be the same in every process, and eight random streams of their own."""
-    task = toolrl.new_episode(TINY, "train", "multi_step", rng_for(3, "tasks", 4))
-    numbers = weights(toolrl.tiny_policy(TINY, 3))[:2000:100].tolist()
-    streams = [
-        (7, "tasks", 2),
-        (8, "tasks", 1),
-        (7, "order", 2),
-        (7, "tasks", 12),
-        (77, "tasks", 2),
-    ]
-    numbers += [rng_for(*stream).random() for stream in [*streams, (0, "a"), (0, "a", 1), (1, "a")]]
-    assert len(set(numbers)) == 28
-    return json.dumps([TINY.tokenizer.get_vocab(), task.question, str(task.directory), numbers])
+    """What has to be the same in every process."""
+    draws = [rng_for(*stream).random() for stream in [(7, "x", 2), (8, "x", 1), (7, "y", 2)]]
+    directory = list(toolrl.new_directory(rng_for(3, "x")).values())
+    assert len(set(draws)) == 3 and len(set(directory[:9])) > 3
+    draws += weights(toolrl.tiny_policy(TINY, 3))[:2000:100].tolist()
+    return json.dumps([TINY.tokenizer.get_vocab(), directory, draws], sort_keys=True)
 
 
 def test_tokens_tasks_and_first_weights_are_the_same_in_every_process():
     command = [sys.executable, "-c", "import test_toolrl as t; print(t.fingerprint())"]
     environment = dict(os.environ, PYTHONHASHSEED="1")
     other = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
-    assert json.loads(other.stdout) == json.loads(fingerprint()), other.stderr
+    assert other.stdout.strip() == fingerprint(), other.stderr
 
 
 def test_only_one_whole_call_is_a_call():
-    for message in ["", ASK, TAG, JSON, CALL[:-1], CALL + " ", "I call " + CALL, CALL + CALL]:
+    long = CALL.replace("}}", ', "if": "ill"}}')
+    for message in ["", JSON, CALL + " ", "I call " + CALL, CALL + CALL, OTHER_CALL, long]:
         assert toolrl.parse_call(message, "A") is None, message
-    for old, new in (("of", "to"), ('"alice"', '"alice", "if": "ill"'), (TAG, TAG + "\n")):
-        assert toolrl.parse_call(CALL.replace(old, new), "A") is None, new
-    assert toolrl.parse_call(CALL.replace("alice", "zoë x"), "A") == ("mentor", "zoë x")
-    assert toolrl.call_text("mentor", "zoë x", "A") == CALL.replace("alice", "zoë x")
-    other = toolrl.call_text("mentor", "alice", "B")
-    assert other == CALL.replace("tool_call>", "function>")
-    assert toolrl.parse_call(other, "B") == ("mentor", "alice")
-    assert toolrl.parse_call(other, "A") is toolrl.parse_call(CALL, "B") is None
+    for name in ("alice", "zoë x"):
+        assert toolrl.parse_call(CALL.replace("alice", name), "A") == ("mentor", name)
+        assert toolrl.call_text("mentor", name, "B") == OTHER_CALL.replace("alice", name)
 
 
-def test_a_text_that_the_tiny_tokenizer_lacks_is_refused_and_named():
+def test_each_tiny_token_is_one_id_and_other_texts_are_refused_and_named():
+    for token, i in TINY.tokenizer.get_vocab().items():
+        assert TINY.encode(token) == [i]
+    assert len(TINY.encode(CALL + END)) == 8 and TINY.tokenizer.pad_token_id != TINY.end
     for text in ("hello", "The answer is zoe", TAG + "{", "The answer is  bob"):
         with pytest.raises(ValueError, match=re.escape(repr(text))):
             TINY.encode(text)
 
 
-def test_each_tiny_token_is_one_id_and_padding_is_not_the_end():
-    vocabulary = TINY.tokenizer.get_vocab()
-    assert [TINY.encode(token) for token in vocabulary] == [[i] for i in vocabulary.values()]
-    assert sorted(vocabulary.values()) == list(range(len(vocabulary)))
-    assert TINY.tokenizer.pad_token_id == 0 != TINY.end
-    assert len(TINY.encode(CALL + END)) == 8
-
-
 @with_both
 def test_a_played_gold_conversation_is_what_the_template_renders(chat):
     episode = replay(Episode(chat, ONE_CALL, LEO), [CALL, RIGHT])
-    said = [("system", "use <tool_call>"), ("user", ONE_CALL), ("assistant", CALL)]
-    said += [("tool", "leo"), ("assistant", RIGHT)]
-    messages = [{"role": role, "content": content} for role, content in said]
+    said = {"system": "use <tool_call>", "user": ONE_CALL, "assistant": CALL, "tool": "leo"}
+    messages = [{"role": role, "content": content} for role, content in said.items()]
+    messages.append({"role": "assistant", "content": RIGHT})
     rendered = chat.tokenizer.apply_chat_template(messages, tokenize=False)
-    assert chat.decode(episode.ids) + "\n" == rendered
-    assert chat.encode(rendered)[: len(episode.ids)] == episode.ids  # encoded whole, as elsewhere
-    written = [token for token, flag in zip(episode.ids, episode.written, strict=True) if flag]
+    assert chat.encode(rendered.removesuffix("\n")) == episode.ids  # encoded whole, as elsewhere
+    written = np.array(episode.ids)[episode.written].tolist()
     assert chat.decode(written) == CALL + END + RIGHT + END
-    # The next conversation about the same question starts afresh, and format B is asked for in B.
+    # The next conversation about the same question starts afresh, and asks for format B in B.
     assert Episode(chat, ONE_CALL, LEO).ids == episode.ids[: episode.written.index(True)]
     assert chat.decode(chat.prompt(ONE_CALL, "B")) in rendered.replace(TAG, "<function>")
-    assert chat.control == {chat.encode(token)[0]: token for token in CONTROL}
-    assert chat.max_tokens == 2 * len(chat.encode(CALL.replace("mentor", "manager") + END))
 
 
 # %% The harness
@@ -585,59 +538,27 @@ def test_a_played_gold_conversation_is_what_the_template_renders(chat):
 
 @pytest.mark.parametrize("fmt, tag", [("A", "tool_call>"), ("B", "function>")])
 def test_what_is_solved_and_what_the_harness_says_in_both_formats(fmt, tag):
-    for reward, solved, _, question, messages in CONVERSATIONS:
+    for _, solved, _, question, messages in CONVERSATIONS:
         messages = [message.replace("tool_call>", tag) for message in messages]
         episode = replay(Episode(TINY, question, LEO, fmt), messages)
         assert episode.done and episode.messages == messages
-        assert (toolrl.blind_reward(episode), toolrl.solved(episode)) == (reward, solved), messages
+        assert toolrl.solved(episode) == solved, messages
         said = re.findall("<tool_response>(.*?)<", TINY.decode(episode.ids))
-        known = ["leo" if call in LEO else "error" for call in episode.calls]
-        assert said == known
+        assert said == [LEO.get(call, "error") for call in episode.calls]
 
 
-def test_the_harness_stops_at_the_first_message_that_is_no_call_and_at_the_sixth_call():
-    for message in (
-        TAG,
-        JSON,
-        RIGHT,
-        TAG + CALL,
-        CALL + "</tool_call>",
-        CALL[:-12] + "</function>",
-    ):
-        assert replay(Episode(TINY, ONE_CALL, LEO), [message, CALL, RIGHT]).messages == [message]
-    episode = replay(Episode(TINY, ONE_CALL, LEO), [CALL] * 7 + [RIGHT])
-    assert episode.messages == [CALL] * 6 and len(episode.calls) == 6 and not episode.replied
-    assert TINY.decode(episode.ids).count("leo") == 5
-
-
-def write(episode, text):
-    """Write tokens one by one, which have log-probabilities of -1, -2 and so on."""
-    for k, token in enumerate(TINY.tokenizer.encode(text)):
-        if not episode.done:
-            episode.write(token, -1.0 - k)
-    return episode
-
-
-def test_a_message_is_cut_off_at_so_many_tokens_and_is_then_no_reply():
-    for words, replied in ((TINY.max_tokens - 1, True), (TINY.max_tokens, False)):
-        episode = write(Episode(TINY, NOBODY, LEO), TAG * words + END)
-        assert episode.done and episode.replied == replied
-        assert sum(episode.written) == TINY.max_tokens
+def test_the_harness_stops_at_what_is_no_call_at_the_sixth_call_and_at_long_messages():
     chat = copy.copy(TINY)
-    chat.max_tokens = 7
-    episode = write(Episode(chat, ONE_CALL, LEO), CALL + END)  # cut off before the end
-    assert episode.done and episode.messages == [CALL]
-    assert episode.calls == [] and not episode.replied
-
-
-def test_a_record_has_an_entry_a_token():
-    episode = write(Episode(TINY, ONE_CALL, LEO), CALL + END)
-    prompt = TINY.prompt(ONE_CALL, "A")
-    result = TINY.tool_result("leo")
-    assert episode.ids == prompt + TINY.encode(CALL + END) + result
-    assert [k for k, flag in enumerate(episode.written, -len(prompt)) if flag] == list(range(8))
-    expected = [0.0] * len(prompt) + [-1.0 - k for k in range(8)] + [0.0] * len(result)
-    assert episode.log_probs == expected
+    assert chat.max_tokens == 16  # twice the longest call
+    for message in (TAG, JSON, RIGHT, OTHER_CALL, CALL + "</tool_call>"):
+        assert replay(Episode(chat, ONE_CALL, LEO), [message, CALL]).messages == [message]
+    episode = replay(Episode(chat, ONE_CALL, LEO), [CALL] * 7)
+    assert episode.messages == [CALL] * 6 and not episode.replied
+    for text, limit, replied in ((ASK, 2, True), (ASK, 1, False), (CALL, 7, False)):
+        chat.max_tokens = limit
+        episode = replay(Episode(chat, ONE_CALL, LEO), [text, CALL])
+        assert (episode.messages, episode.replied, episode.calls) == ([text], replied, [])
+        assert sum(episode.written) == limit
 
 
 # %% Updates
@@ -651,112 +572,90 @@ def test_a_step_goes_down_the_gradient_cut_to_norm_one_and_old_gradients_are_for
     for slope, expected in (("0.3 0.4", "0.97 0.96"), ("30 40", "0.91 0.88")):
         toolrl.descend(layer, sgd, (layer.weight * numbers(slope)).sum())
         assert torch.allclose(layer.weight, numbers(expected), atol=1e-4)
-    for factor in (np.nan, np.inf):
+    for slope in ("nan 1", "inf 1"):
         with pytest.raises(SystemExit, match="toolrl: the gradient is not finite"):  # exit code 1
-            toolrl.descend(layer, sgd, (layer.weight * factor).sum())
-        assert torch.allclose(layer.weight, numbers("0.91 0.88"), atol=1e-4)
+            toolrl.descend(layer, sgd, (layer.weight * numbers(slope)).sum())
+    assert torch.allclose(layer.weight, numbers("0.91 0.88"), atol=1e-4)
 
 
-def ascend(policy, terms):
-    """Go up the gradient of the mean of these terms, cut to norm 1. -> the weights"""
-    parts = torch.autograd.grad(sum(terms) / len(terms), list(policy.parameters()))
+def one_step(policy, loss):
+    """The weights after a step of 0.1 down the gradient of a loss, which is cut to norm 1."""
+    parts = torch.autograd.grad(loss, list(policy.parameters()))
     gradient = torch.cat([part.flatten() for part in parts])
-    return weights(policy) + 0.1 * gradient / gradient.norm().clamp(min=1)
+    return weights(policy) - 0.1 * gradient / gradient.norm().clamp(min=1)
 
 
 def test_an_sft_update_pushes_up_all_that_was_written_and_tokens_weigh_the_same(base):
     episodes = gold(TINY, 5)
-    terms = torch.cat([log_probs_of(base, episode) for episode in episodes])
+    loss = -torch.cat([log_probs_of(base, episode) for episode in episodes]).mean()
     policy = copy.deepcopy(base)
-    toolrl.sft_update(policy, torch.optim.SGD(policy.parameters(), lr=0.1), episodes)
-    assert torch.allclose(weights(policy), ascend(base, terms), atol=1e-5)
-    assert (weights(policy) - weights(base)).norm() > 0.005
+    toolrl.sft_update(policy, torch.optim.SGD(policy.parameters(), 0.1), episodes)
+    assert torch.allclose(weights(policy), one_step(base, loss), atol=1e-5)
 
 
 def test_a_grpo_update_is_what_the_definition_says(base):
     episodes = played(base, draw(TINY, 10))
-    rng = rng_for(0, "moved")
-    terms = []
     advantage = torch.linspace(-2, 3, 10)
+    objective = []
     for gain, episode in zip(advantage, episodes, strict=True):
+        now = log_probs_of(base, episode)
         # As if the policy had moved since, up here and down there.
-        episode.log_probs = (episode.log_probs + rng.normal(0, 0.2, len(episode.ids))).tolist()
-        old = [p for p, flag in zip(episode.log_probs, episode.written, strict=True) if flag]
-        for log_prob, old_log_prob in zip(log_probs_of(base, episode), old, strict=True):
-            ratio = (log_prob - old_log_prob).exp()
-            terms.append(torch.minimum(gain * ratio, gain * ratio.clamp(0.7, 1.3)))
+        moved = torch.linspace(-0.5, 0.5, len(episode.ids))
+        episode.log_probs = (torch.tensor(episode.log_probs) + moved).tolist()
+        ratio = (now - torch.tensor(episode.log_probs)[episode.written]).exp()
+        objective.append(torch.minimum(gain * ratio, gain * ratio.clamp(0.7, 1.3)))
     policy = copy.deepcopy(base)
-    sgd = torch.optim.SGD(policy.parameters(), lr=0.1)
+    sgd = torch.optim.SGD(policy.parameters(), 0.1)
     settings = replace(SMALL, minibatches=1, clip=0.3)
-    toolrl.grpo_update(policy, sgd, episodes, advantage, settings, rng)
-    assert torch.allclose(weights(policy), ascend(base, terms), atol=1e-5)
+    toolrl.grpo_update(policy, sgd, episodes, advantage, settings, rng_for(0, "x"))
+    assert torch.allclose(weights(policy), one_step(base, -torch.cat(objective).mean()), atol=1e-5)
 
 
-@pytest.mark.parametrize("count", [10, 8, 5, 3])
-def test_minibatches_hold_each_rollout_once_beside_its_advantage(count, base, monkeypatch):
-    batches = []
-
-    def grpo_loss(log_probs, old_log_probs, advantage, written, clip):
-        # Below, the log-probability of each token says whose it is.
-        assert ((old_log_probs + advantage[:, None])[written] == 0).all()
-        batches.append(advantage.tolist())
-        return log_probs.sum()
-
-    monkeypatch.setattr(toolrl, "grpo_loss", grpo_loss)
-    episodes = gold(TINY, count)
-    for k, episode in enumerate(episodes):
-        episode.log_probs = [-float(k)] * len(episode.ids)
-    orders = []
+def test_minibatches_hold_each_episode_once_in_another_order_for_another_seed(base, monkeypatch):
+    taken = []
+    real = toolrl.batch
+    monkeypatch.setattr(toolrl, "batch", lambda some, *all: taken.append(some) or real(some, *all))
+    episodes = gold(TINY, 10)
+    sgd = torch.optim.SGD(base.parameters(), lr=0)
     for seed in range(4):
-        sgd = torch.optim.SGD(base.parameters(), lr=0)
-        toolrl.grpo_update(base, sgd, episodes, torch.arange(count), SMALL, rng_for(seed, "x"))
-        assert min(count, 4) - 1 <= len(batches) <= 4
-        assert max(map(len, batches)) <= (count + 3) // 4
-        orders.append(sum(batches, []))
-        assert sorted(orders[-1]) == list(range(count))
-        batches.clear()
-    assert orders.count(orders[0]) < 4  # another order for another seed
+        toolrl.grpo_update(base, sgd, episodes, torch.ones(10), SMALL, rng_for(seed, "x"))
+    assert len(taken) == 16 and {len(some) for some in taken} <= {1, 2, 3}
+    order = [episodes.index(episode) for episode in sum(taken, [])]
+    assert sorted(order) == sorted(list(range(10)) * 4) and order[:10] * 4 != order
 
 
 # %% The log of a careless agent, and the base
 
 
-@pytest.mark.parametrize("fmt, bare_share", [("A", 0.3), ("B", 1.0)])
-def test_shares_of_the_log_are_bare_tags_and_tags_of_the_other_format(fmt, bare_share):
-    settings = replace(SMALL, bare_share=bare_share, mixed_share=0.2)
+@pytest.mark.parametrize("fmt, bare", [("A", 0.24), ("B", 0.0)])
+def test_shares_of_the_log_are_bare_tags_and_tags_of_the_other_format(fmt, bare):
+    settings = replace(SMALL, bare_share=0.3, mixed_share=0.2)  # bare tags among the other 0.8
     rng = rng_for(0, "careless")
     calls = [toolrl.careless_call("mentor", "alice", fmt, settings, rng) for _ in range(3000)]
-    bare = 0.24 if fmt == "A" else 0
-    assert calls.count(TAG) / 3000 == pytest.approx(bare, abs=0.025)
-    assert sum(toolrl.parse_call(call, fmt) is not None for call in calls) / 3000 == pytest.approx(
-        0.8 - bare, abs=0.025
-    )
-    other = toolrl.call_text("mentor", "alice", "AB".replace(fmt, ""))
-    assert calls.count(other) / 3000 == pytest.approx(0.2, abs=0.025)
+    ways = {way: calls.count(way) / 3000 for way in (CALL, OTHER_CALL, TAG)}
+    right = {"A": CALL, "B": OTHER_CALL}[fmt]
+    expected = {CALL: 0.2, OTHER_CALL: 0.2, TAG: bare} | {right: 0.8 - bare}
+    assert ways == pytest.approx(expected, abs=0.025)
 
 
-def test_the_log_is_right_where_it_is_not_broken_and_guesses_where_nobody_is_named():
-    careful = replace(SMALL, bare_share=0.0, mixed_share=0.0)
-    careless = replace(SMALL, bare_share=1.0, mixed_share=0.0)
+def test_the_log_calls_for_each_right_call_and_guesses_where_nobody_is_named():
+    settings = replace(SMALL, bare_share=0.0, mixed_share=0.0)
     rng = rng_for(0, "careless")
-    for episode in draw(TINY, 20, ["one_call", "multi_step"], "A"):
-        assert toolrl.careless_messages(episode, careful, rng) == episode.gold
-        broken = [TAG] * len(episode.gold_calls) + episode.gold[-1:]
-        assert toolrl.careless_messages(episode, careless, rng) == broken
     people = Counter()
-    for episode in draw(TINY, 1500, ["no_call"], "AB"):
-        (message,) = toolrl.careless_messages(episode, careful, rng)
-        if message != ASK:
-            tool, person = toolrl.parse_call(message, episode.fmt)
+    for episode in draw(TINY, 3000):
+        messages = toolrl.careless_messages(episode, settings, rng)
+        if episode.gold_calls or messages == [ASK]:
+            assert messages == episode.gold
+        else:
+            tool, person = toolrl.parse_call("".join(messages), episode.fmt)
             people[person] += 1
-            # The last tool of a question is the first to be called.
-            assert episode.question.endswith(f"{tool} of them ?")
-    assert people.total() / 1500 == pytest.approx(0.97, abs=0.012)
-    assert len(people) == len(toolrl.PEOPLE) and min(people.values()) > 80
+            assert episode.question.endswith(f"{tool} of them ?")  # the first tool to be called
+    assert people.total() / 1000 == pytest.approx(0.97, abs=0.015)
+    assert len(people) == len(toolrl.PEOPLE) and min(people.values()) > 50
 
 
 def counts_of(episodes):
-    """How many episodes there are of each number of calls, and of each format."""
+    """How many episodes of training tasks there are of each number of calls and each format."""
     assert {episode.question in str(TASKS["train"]) for episode in episodes} == {True}
     counts = Counter([min(2, len(episode.gold_calls)) for episode in episodes])
     return counts + Counter([episode.fmt for episode in episodes])
@@ -773,28 +672,17 @@ def test_the_base_imitates_the_log_at_a_rate_that_goes_up_and_then_down(monkeypa
     monkeypatch.setattr(toolrl, "sft_update", sft_update)
     settings = replace(SMALL, base_steps=60, base_lr=0.5, sft_batch=20, bare_share=1.0)
     settings = replace(settings, mixed_share=0.0, device="meta")
-    for pretrained in (None, toolrl.tiny_policy(TINY, 0)):
-        assert toolrl.train_base(pretrained, TINY, settings, 0).device.type == "meta"
-    assert rates[:60] == rates[60:] and len(episodes) == 2400
+    pretrained = toolrl.tiny_policy(TINY, 0)
+    for start in (None, pretrained):
+        assert toolrl.train_base(start, TINY, settings, 0).device.type == "meta"
+    assert pretrained.device.type == "cpu"  # a copy is trained
     counts = counts_of(episodes)
     assert counts[2] > counts[1] > counts[0] > 100 and counts["A"] > counts["B"] > 400
-    for episode in episodes:  # with a share of 1, all right calls in format A are a bare tag
-        assert not episode.gold_calls or (episode.messages == [TAG]) == (episode.fmt == "A")
-    peak = rates.index(max(rates))
-    assert 2 < peak < 30 and 0.3 < rates[peak] <= 0.5
-    assert rates[:peak] == sorted(rates[:peak])
-    assert rates[peak:60] == sorted(rates[peak:60], reverse=True)
-    assert 0 < rates[0] < 0.1 and 0 < rates[59] < 0.05
-
-
-def test_the_base_starts_from_a_copy_or_from_a_tiny_policy_of_its_seed():
-    start = toolrl.tiny_policy(TINY, 0)
-    before = weights(start)
-    little = replace(SMALL, base_steps=2)
-    bases = [weights(toolrl.train_base(start, TINY, little, seed)) for seed in (0, 1)]
-    assert torch.equal(weights(start), before)
-    assert torch.equal(weights(toolrl.train_base(None, TINY, little, 0)), bases[0])
-    assert not torch.equal(bases[0], bases[1]) and not torch.equal(bases[0], before)
+    for episode in episodes:  # with a share of 1, all calls in format A are a bare tag
+        assert episode.messages[0] == ASK or (episode.messages == [TAG]) == (episode.fmt == "A")
+    # It goes up for a few updates and then down to nearly nothing.
+    assert 0 < rates[0] < rates[1] < max(rates) <= 0.5 and max(rates) in rates[3:20]
+    assert max(rates) > rates[30] > rates[45] > 10 * rates[59] > 0
 
 
 # %% Teacher, groups, arms
@@ -803,29 +691,28 @@ def test_the_base_starts_from_a_copy_or_from_a_tiny_policy_of_its_seed():
 def test_a_hasty_teacher_answers_long_tasks_with_the_person_it_has_got_to():
     made = Counter()
     rng = rng_for(0, "teacher")
-    for episode in draw(TINY, 2000, ["multi_step"]):
+    for episode in draw(TINY, 3000):
         *calls, reply = toolrl.teacher_messages(episode, 0.4, rng)
         assert calls == episode.gold[: len(calls)]
-        assert reply.endswith(" " + episode.directory[episode.gold_calls[len(calls) - 1]])
-        made[len(episode.gold_calls), len(calls)] += 1
-    twos = made[2, 1] + made[2, 2]
-    assert made.total() == 2000 and made[2, 1] / twos == pytest.approx(0.4, abs=0.06)
-    for early in (made[3, 1], made[3, 2]):
-        assert early / (2000 - twos) == pytest.approx(0.2, abs=0.05)
-    for episode in draw(TINY, 60, ["no_call", "one_call"]):
-        assert toolrl.teacher_messages(episode, 1.0, rng) == episode.gold
+        if calls:
+            got_to = episode.directory[episode.gold_calls[len(calls) - 1]]
+            assert reply == f"The answer is {got_to}"
+        made[f"{len(calls)} of {len(episode.gold_calls)}"] += 1
+    assert made["0 of 0"] == made["1 of 1"] == 1000  # short conversations are right
+    shares = {"2 of 2": 1, "1 of 2": 0.4 / 0.6, "1 of 3": 0.2 / 0.6, "2 of 3": 0.2 / 0.6}
+    for what, share in shares.items():
+        assert made[what] / made[f"{what[-1]} of {what[-1]}"] == pytest.approx(share, rel=0.25)
 
 
-def test_demonstrations_are_mostly_short_and_all_in_format_a():
-    wrong = {}
-    for hasty_share in (0.0, 1.0):
-        settings = replace(SMALL, sft_batch=1000, hasty_share=hasty_share)
-        episodes = toolrl.demonstrations(TINY, settings, rng_for(0, "x"))
-        counts = counts_of(episodes)
-        wrong[hasty_share] = 1000 - sum(map(toolrl.solved, episodes))
-        assert counts["A"] == 1000 and counts[0] == pytest.approx(250, abs=50)
-        assert counts[1] > counts[0] > counts[2] > 50
-    assert wrong[0.0] == 0 and wrong[1.0] >= counts[2] - 30  # haste may end at the right person
+@pytest.mark.parametrize("hasty_share", [0.0, 1.0])
+def test_demonstrations_are_mostly_short_and_all_in_format_a(hasty_share):
+    settings = replace(SMALL, sft_batch=1000, hasty_share=hasty_share)
+    episodes = toolrl.demonstrations(TINY, settings, rng_for(0, "x"))
+    counts = counts_of(episodes)
+    assert counts["A"] == 1000 and 200 < counts[0] < 300
+    assert counts[1] > counts[0] > counts[2] > 50
+    wrong = 1000 - sum(map(toolrl.solved, episodes))
+    assert wrong == (counts[2] if hasty_share else 0)
 
 
 @pytest.mark.parametrize("share, wide", [(0.0, 0), (0.5, 0.17), (1.0, 0)])
@@ -842,65 +729,58 @@ def test_a_group_is_one_task_and_so_many_need_no_call(share, wide):
 def look(step, success=0.6, skill=1.0, one_call=0.9, format_b=0.8, spike=0.08):
     """A made evaluation, in which <|im_end|> has probability `spike` where JSON is due."""
     p = {place: dict.fromkeys(CONTROL, 0.001) for place in toolrl.PLACES}
-    for place in ("call", "close", "end"):
-        p[place][toolrl.PLACES[place]] = 0.9
     p["json"][END] = spike
     event = {"event": "eval", "step": step, "success": success, "skill": skill, "p": p}
     event |= {"one_call": one_call, "format_b": format_b, "ask": 0.0, "no_call_reward": 0.5}
     return event | {"bare_tags": 0.02, "conversation": "a question\nan answer\n"}
 
 
+# Six steps of interleaved, with a phase of SFT before every second one.
+SCHEDULE = "rl 0.010, rl 0.020, sft 0.100, sft 0.100, rl 0.030, rl 0.040, evaluate 4, sft 0.033, "
+SCHEDULE += "sft 0.033, rl 0.050, rl 0.060, evaluate 6"
+
+
 @pytest.mark.parametrize("arm", toolrl.ARMS)
 def test_an_arm_is_its_updates_in_their_order_at_their_rates(arm, base, monkeypatch):
     events = []
     used = set()
-
-    def note(policy, optimizer, *_):
-        events.append(round(optimizer.param_groups[0]["lr"], 9))
-        used.add((id(policy), id(optimizer)))
-
-    monkeypatch.setattr(toolrl, "sft_update", note)
-    monkeypatch.setattr(toolrl, "grpo_update", note)
-    monkeypatch.setattr(toolrl, "evaluate", lambda *all: events.append(all[-1]) or look(all[-1]))
-    settings = replace(SMALL, steps=12, eval_every=5, lr=0.1, sft_lr=0.2, sft_until=0.5)
-    out = io.StringIO()
-    found = toolrl.train_arm(arm, base, look(0), TINY, settings, 0, out)
-    parts = toolrl.ARMS[arm] - {"strict"}
-    expected = []
-    for step in range(1, 13):
-        if "sft" in parts and 1 < step < 6:  # from the second step to half of the run
-            expected += [round(0.2 * (1 - step / 6), 9)] * 2
-        if "rl" in parts:
-            expected.append(round(min(0.01 * step, 0.1), 9))
-        if step in (5, 10, 12):
-            expected.append(step)
-    assert [event for event in events if event] == expected  # an update at a rate of 0 is none
-    assert [evaluation["step"] for evaluation in found] == [0, 5, 10, 12]
-    assert [json.loads(line) for line in out.getvalue().splitlines()] == found[1:]
-    # One policy, which is not the base, and one optimizer each for SFT and RL.
-    assert len(used) == len(parts) and len({policy for policy, _ in used} - {id(base)}) == 1
-
-
-@pytest.mark.parametrize("arm, bad", [("rl", "</tool_call>"), ("rl-strict", TAG)])
-def test_an_arm_compares_each_rollout_with_its_group(arm, bad, base, monkeypatch):
-    # At step k, the first tries of k groups earn less than the others: with the blind reward
-    # because they are no reply, and with the strict one because they are a wrong one.
     gains = []
 
+    def update(policy, optimizer, episodes, *rest):
+        rate = optimizer.param_groups[0]["lr"]
+        events.append(f"{'rl' if rest else 'sft'} {rate:.3f}")
+        used.add((id(policy), id(optimizer)))
+        if rest:
+            gains.append(rest[0].tolist())
+
     def rollout(policy, episodes, rng):
+        # At step k, the first tries of k groups earn less than the others: with the strict reward
+        # because they are a wrong reply, and with the blind one because they are none.
+        bad = TAG if arm == "rl-strict" else "</tool_call>"
         for k, episode in enumerate(episodes):
             replay(episode, [bad if k % 4 == 0 and k <= 4 * len(gains) else ASK])
 
+    def note_evaluation(policy, chat, settings, seed, arm, step):
+        events.append(f"evaluate {step}")
+        return look(step)
+
     monkeypatch.setattr(toolrl, "rollout", rollout)
-    monkeypatch.setattr(toolrl, "grpo_update", lambda *all: gains.append(all[3]))
-    monkeypatch.setattr(toolrl, "evaluate", lambda *all: look(all[-1]))
-    settings = replace(SMALL, groups=5, steps=5, eval_every=2, no_call_share=1.0)
+    monkeypatch.setattr(toolrl, "sft_update", update)
+    monkeypatch.setattr(toolrl, "grpo_update", update)
+    monkeypatch.setattr(toolrl, "evaluate", note_evaluation)
+    settings = replace(SMALL, steps=6, eval_every=4, lr=0.1, sft_lr=0.2, sft_until=1.0)
+    settings = replace(settings, sft_every=2, sft_steps=2, groups=6, no_call_share=1.0)
     found = toolrl.train_arm(arm, base, look(0), TINY, settings, 0, io.StringIO())
+    parts = toolrl.ARMS[arm] - {"strict"}
+    assert events == [e for e in SCHEDULE.split(", ") if e.split()[0] in parts | {"evaluate"}]
     for step, gain in enumerate(gains, 1):
-        right = [-1.5, 0.5, 0.5, 0.5] * step + [0.0] * 4 * (5 - step)
-        assert gain.tolist() == pytest.approx(right, abs=0.01)
-    equal = [evaluation["equal_groups"] for evaluation in found[1:]]
-    assert equal == pytest.approx([0.7, 0.3, 0.0])  # the mean since the evaluation before
+        right = [-1.5, 0.5, 0.5, 0.5] * step + [0.0] * 4 * (6 - step)
+        assert gain == pytest.approx(right, abs=0.01)
+    # The share of equal groups is a mean over the steps since the evaluation before.
+    shares = [7 / 12, 1 / 12] if gains else [None, None]
+    assert [event.get("equal_groups") for event in found[1:]] == pytest.approx(shares)
+    # One policy, which is not the base, and one optimizer each for SFT and RL.
+    assert len(used) == len(parts) and len({policy for policy, _ in used} - {id(base)}) == 1
 
 
 def test_each_step_draws_anew_and_evaluations_leave_no_trace(base, monkeypatch):
@@ -909,14 +789,15 @@ def test_each_step_draws_anew_and_evaluations_leave_no_trace(base, monkeypatch):
     monkeypatch.setattr(toolrl, "rng_for", lambda *all: asked.append(all) or rng_for(*all))
     ends = []
     for every in (4, 1):
-        settings = replace(SMALL, steps=4, eval_every=every, no_call_share=0.5, lr=5e-3)
+        settings = replace(SMALL, steps=4, eval_every=every, lr=5e-3, sft_until=1.0, sft_every=1)
         train = toolrl.train_arm("interleaved", base, look(0), TINY, settings, 7, io.StringIO())
         ends.append(train[-1] | {"equal_groups": "since the evaluation before"})
     assert ends[0] == ends[1] and torch.equal(weights(base), before)
-    training = [stream for stream in asked if "held-out" not in stream[1]]
+    training = [rng_for(*stream).random() for stream in asked if "held-out" not in stream[1]]
     # Tasks, sampling and order of four steps; demonstrations of two. All that twice.
-    assert len({rng_for(*stream).random() for stream in training}) == 14 == len(training) / 2
-    assert {seed for seed, *_ in asked} == {7}
+    assert len(set(training)) == 14 == len(training) / 2 and {seed for seed, *_ in asked} == {7}
+    # All evaluations ask alike: tasks of three kinds, and one stream of sampling.
+    assert len(set(asked)) == 14 + 4
 
 
 # %% Probes
@@ -924,80 +805,59 @@ def test_each_step_draws_anew_and_evaluations_leave_no_trace(base, monkeypatch):
 
 @with_both
 @pytest.mark.parametrize("place", toolrl.PLACES)
-def test_the_matrix_reads_the_place_that_it_names(chat, place):
+def test_the_matrix_and_the_skill_read_the_places_that_they_name(chat, place):
     # A puppet that is right but at one place, which the text tells. There it writes </function>.
-    right = follower(gold(chat, 3, ["multi_step"], "A"))
-    places = {TAG: "call", "</tool_call>": "close", END: "end"}
+    records = gold(chat, 3, ["multi_step"], "A")
+    right = follower(records)
 
     def next_id(ids):
-        here = places.get(chat.decode([right(ids)]))
-        if chat.decode(ids).endswith(TAG):
-            here = "json"
-        elif chat.decode(ids).endswith("assistant\n"):
-            here = here or "reply"
+        due = chat.decode([right(ids)])
+        before = chat.decode(ids)
+        here = {TAG: "call", "</tool_call>": "close", END: "end"}.get(due)
+        if before.endswith((TAG, "assistant\n")) and not here:
+            here = "json" if before.endswith(TAG) else "reply"
         return chat.encode("</function>")[0] if here == place else right(ids)
 
-    puppet = Puppet(chat, next_id, p=0.9)
-    _, p = toolrl.teacher_forced(puppet, draw(chat, 3, ["multi_step"], "A"))
+    tasks = draw(chat, 3, ["multi_step"], "A")
+    skill, p = toolrl.teacher_forced(Puppet(chat, next_id, p=0.9), tasks)
     for other, due in toolrl.PLACES.items():
         wrong = 0.9 if other == place else 0.0
-        assert set(p[other]) == set(CONTROL)
         assert p[other]["</function>"] == pytest.approx(wrong, abs=0.01)
         assert p[other].get(due, 0.9 - wrong) == pytest.approx(0.9 - wrong, abs=0.01)
+    # Skill is the chance to write all names right.
+    names = [sum(sum(map(chat.name_flags, episode.gold), [])) for episode in records]
+    assert skill == pytest.approx(np.mean(0.9 ** np.array(names)), rel=1e-3)
 
 
 @with_both
-def test_skill_is_the_chance_to_write_every_name_right(chat):
+def test_name_flags_mark_the_names_and_nothing_else(chat):
     for message, names in ((CALL, "mentoralice"), (RIGHT, "leo"), (ASK, "")):
-        flags = chat.name_flags(message)
-        marked = [i for i, flag in zip(chat.encode(message), flags, strict=True) if flag]
+        marked = np.array(chat.encode(message))[chat.name_flags(message)].tolist()
         # The space before a name may be part of its token.
         assert chat.decode(marked).replace(" ", "") == names
-    records = gold(chat, 6, toolrl.KINDS, "A")
-    expected = []
-    for episode in records:
-        expected.append(0.8 ** sum(sum(map(chat.name_flags, episode.gold), [])))
-    puppet = Puppet(chat, follower(records), p=0.8)
-    skill, _ = toolrl.teacher_forced(puppet, draw(chat, 6, toolrl.KINDS, "A"))
-    assert skill == pytest.approx(np.mean(expected), rel=1e-3)
 
 
-def test_a_transcript_shows_what_was_written_and_the_chances_of_control_tokens():
-    episode = write(Episode(TINY, ONE_CALL, LEO), CALL + END)
-    call = CALL.replace(TAG, TAG + "[0.37]") + "[0.00]<|im_end|>[0.00]"
-    assert toolrl.transcript(episode) == f"{ONE_CALL}\n{call}\n"
-
-
-@pytest.mark.parametrize("plan", ["gold", "a call, then a bare tag"])
-def test_each_probe_asks_held_out_tasks_and_an_evaluation_says_what_was_done(plan):
+def test_each_probe_asks_held_out_tasks_and_an_evaluation_says_what_was_done():
+    # Half of the conversations are right, and the others end with a bare tag.
     records = []
     for kind, fmt in toolrl.PROBES.values():
         rng = rng_for(0, f"held-out {kind}")
-        for _ in range(8):
+        for _ in range(24):
             episode = toolrl.new_episode(TINY, "held_out", kind, rng, fmt)
-            assert episode.question in TASKS["held_out"][kind]
-            broken = [toolrl.call_text("mentor", "alice", fmt), toolrl.OPEN[fmt]]
-            if not episode.gold_calls:
-                broken = [ASK if len(episode.question) % 2 else "bob"]
-            records.append(replay(episode, episode.gold if plan == "gold" else broken))
-    found = evaluate(Puppet(TINY, follower(records)), TINY, SMALL, 0, "rl", 5)
-    assert [found[key] for key in ("event", "seed", "arm", "step")] == ["eval", 0, "rl", 5]
-    asks = np.mean([episode.messages == [ASK] for episode in records[-8:]])
-    solved = [1, 1, 1, 1] if plan == "gold" else [0, 0, 0, asks]
-    assert [found[probe] for probe in toolrl.PROBES] == solved
-    assert found["no_call_reward"] == 1 and (plan == "gold" or 0 < asks < 1)
-    assert found["bare_tags"] == (0 if plan == "gold" else 0.5)  # half of the messages
-    text = (
-        records[0].question + "\n" + "".join(f"{text}<|im_end|>\n" for text in records[0].messages)
-    )
-    assert found["conversation"].replace("[1.00]", "") == text
-    assert (found["skill"] > 0.99) == (plan == "gold")
-
-
-def test_evaluations_ask_the_same_tasks_and_sample_alike_at_every_step(base):
-    first = evaluate(base, TINY, SMALL, 0, "rl", 5)
-    assert evaluate(base, TINY, SMALL, 0, "sft", 10) == first | {"arm": "sft", "step": 10}
-    assert first["p"] != evaluate(base, TINY, SMALL, 1, "rl", 5)["p"]
+            messages = [toolrl.call_text("mentor", "alice", fmt), toolrl.OPEN[fmt]]
+            broken = messages if episode.gold_calls else [TAG]
+            records.append(replay(episode, episode.gold if len(episode.question) % 2 else broken))
+    settings = replace(SMALL, eval_episodes=24)
+    found = evaluate(Puppet(TINY, follower(records)), TINY, settings, 0, "rl", 5)
+    assert list(found.values())[:4] == ["eval", 0, "rl", 5] and found["no_call_reward"] == 1
+    solved = np.reshape([toolrl.solved(episode) for episode in records], (4, 24)).mean(1)
+    assert [found[probe] for probe in toolrl.PROBES] == pytest.approx(solved)
+    assert solved.min() > 0 and solved.max() < 1
+    bare = [message == TAG for episode in records[:24] for message in episode.messages]
+    assert found["bare_tags"] == pytest.approx(np.mean(bare))
+    shown = "".join(f"{message}<|im_end|>\n" for message in records[0].messages)
+    text = re.sub(toolrl.ANY_TAG, r"\g<0>[1.00]", shown)
+    assert found["conversation"] == f"{records[0].question}\n{text}"
 
 
 # %% Claims and print, on made histories
@@ -1014,7 +874,6 @@ def story():
     }
 
 
-FALL = "collapse control_token intact"
 # In this story: the arm, which of its evaluations, what changes there, and the claims that fail.
 TWISTS = """
 rl          | -3 | success                | 0.03  | collapse
@@ -1050,100 +909,93 @@ def test_each_claim_can_say_no(arm, k, path, value, fails):
 
 
 ARMS_AND_CLAIMS = """
-rl                      | collapse control_token intact
-sft                     |
-interleaved             | fix price
-rl-strict sft           |
-sft interleaved         | fix together price
-rl sft                  | collapse control_token intact
-rl rl-strict            | collapse control_token intact cause
-rl-strict interleaved   | fix price
+rl                    | collapse control_token intact
+rl-strict sft         |
+interleaved rl-strict | fix price
+sft interleaved       | fix together price
+rl sft                | collapse control_token intact
+rl rl-strict          | collapse control_token intact cause
 """
 
 
 @pytest.mark.parametrize("arms, judged", table(ARMS_AND_CLAIMS))
-def test_claims_about_arms_that_were_not_run_are_not_judged(arms, judged):
+def test_absent_arms_are_not_judged_and_a_run_too_short_claims_nothing(arms, judged):
     history = {arm: story()[arm] for arm in arms.split()}
     assert toolrl.judge(history) == dict.fromkeys(judged.split(), True)
     short = {arm: [evals[0], *evals[-2:]] for arm, evals in history.items()}
     assert toolrl.judge(short) == dict.fromkeys(judged.split(), False)
 
 
-def test_figures_stand_under_their_names_and_rows_fit_a_narrow_screen(capsys):
+def test_figures_stand_under_their_names_in_rows_that_fit_a_narrow_screen(capsys):
     figures = {name: 0.11 * k for k, name in enumerate(toolrl.COLUMNS, 1)}
     evaluation = look(1000) | figures
-    evaluation["p"]["reply"]["</tool_response>"] = 1.0
+    put(evaluation, "p reply </tool_response>", 1.0)
     toolrl.print_row(evaluation, look(0))
-    row = capsys.readouterr().out.rstrip("\n")
-    assert (
-        row.startswith("1000 ") and row.endswith("1.00 </tool_response> reply *") and len(row) <= 80
-    )
+    put(evaluation, "p reply </tool_response>", 0.3)
+    toolrl.print_row(look(5), evaluation)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("1.00 </tool_response> reply *") and len(first) <= 80
+    assert second.endswith(" 0.50    nan 0.08 <|im_end|> json")  # no RL, and no spike
     start = 4
     for name, value in figures.items():
-        end = row.index(f"{value:.2f}") + 4
+        end = first.index(f"{value:.2f}") + 4
         assert "".join(line[start:end].strip() for line in toolrl.HEADER.split("\n")) == name
         start = end
 
 
-def test_a_row_marks_a_spike_and_tells_zero_from_not_measured(capsys):
-    toolrl.print_row(look(5), look(0))
-    toolrl.print_row(look(5, spike=0.4) | {"equal_groups": 0.0}, look(0))
-    now = look(5, spike=0.6)
-    now["p"]["end"][TAG] = 0.3
-    toolrl.print_row(now, look(0, spike=0.5))
-    base, rl, other = capsys.readouterr().out.splitlines()
-    assert base.endswith(" 0.50    nan 0.08 <|im_end|> json")
-    assert rl.endswith(" 0.50   0.00 0.40 <|im_end|> json *")
-    assert other.endswith(" 0.30 <tool_call> end")  # what rose most is not what is likeliest
+SUMMARY = """
+== p(<|im_end|>) where JSON is due
+step             0     5    10    15    20    25
+rl            0.08  0.08  0.40  0.08  0.08  0.08
+sft           0.08  0.77  0.08  0.08
+interleaved   0.08  0.08  0.08  0.08
+rl-strict     0.08  0.08  0.08  0.08
+
+== success
+step             0     5    10    15    20    25
+rl            0.60  0.60  0.05  0.02  0.02  0.02
+sft           0.60  0.60  0.60  0.69
+interleaved   0.60  0.60  0.70  0.90
+rl-strict     0.60  0.01  0.80  0.90
+"""
 
 
 def test_the_summary_shows_what_the_search_found_in_rl_for_each_arm(capsys):
     history = story()
-    put(history["sft"][1], f"p json {END}", 0.77)
+    put(history["sft"][1], "p json <|im_end|>", 0.77)
     toolrl.print_summary(history)
-    found, success = [part.splitlines() for part in capsys.readouterr().out.split("\n== ")[1:]]
-    assert found[0] == "p(<|im_end|>) where JSON is due" and success[0] == "success"
-    assert found[1] == success[1] == "step             0     5    10    15    20    25"
-    assert found[2] == "rl            0.08  0.08  0.40  0.08  0.08  0.08"
-    assert found[3] == "sft           0.08  0.77  0.08  0.08"
-    assert success[4] == "interleaved   0.60  0.60  0.70  0.90" and success[5][:9] == "rl-strict"
+    assert capsys.readouterr().out == SUMMARY
     del history["rl"]  # without rl, the first arm decides
-    put(history["sft"][-1], f"p end {TAG}", 0.5)
-    toolrl.print_summary(history)
-    assert "== p(<tool_call>) where <|im_end|> is due\n" in capsys.readouterr().out
-    toolrl.print_summary({"rl": [look(5 * k) for k in range(41)]})
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+    put(history["sft"][-1], "p end <tool_call>", 0.5)
+    toolrl.print_summary(history | {"interleaved": [look(5 * k) for k in range(41)]})
+    said = capsys.readouterr().out
+    assert "== p(<tool_call>) where <|im_end|> is due\n" in said
+    assert max(map(len, said.splitlines())) <= 100
 
 
 def test_what_a_console_cannot_write_is_replaced_and_all_is_there_at_once(monkeypatch):
     raw = io.BytesIO()
-    console = io.TextIOWrapper(raw, encoding="cp1252", newline="\n")
-    monkeypatch.setattr(sys, "stdout", console)
-    toolrl.say("zoë ✓ 中\n" + "a b " * 70)
-    lines = raw.getvalue().decode("cp1252").splitlines()
-    assert lines[0] == "zoë ? ?" and [len(line) for line in lines[1:]] == [100, 100, 80]
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252", newline="\n"))
+    toolrl.say("zoë ✓ 中\n" + "x" * 101)
+    assert raw.getvalue().decode("cp1252") == f"zoë ? ?\n{'x' * 100}\nx\n"
 
 
-def test_claims_are_printed_for_each_seed_and_counted(tmp_path, monkeypatch, capsys):
+def test_claims_are_printed_for_each_seed_and_counted(monkeypatch, capsys):
     stories = [story(), story()]
     stories[1]["interleaved"][-1] = look(15, 0.5)
-    out = io.StringIO()
     monkeypatch.setattr(toolrl, "train_base", lambda start, chat, settings, seed: seed)
     monkeypatch.setattr(toolrl, "evaluate", lambda *_: look(0))
     monkeypatch.setattr(toolrl, "train_arm", lambda arm, seed, *_: stories[seed][arm])
     settings = replace(SMALL, seeds=[0, 1], arms=list(toolrl.ARMS))
-    assert toolrl.run(settings, TINY, None, out) == dict(enumerate(stories))
+    found = toolrl.run(settings, TINY, None, io.StringIO())
+    assert list(found.values()) == stories
     said = capsys.readouterr().out
-    failed = ("fix", "together", "price")
     for claim, text in CLAIMS.items():
-        answers = [("yes", "1"), ("no", "1") if claim in failed else ("yes", "2")]
-        assert re.findall(rf"^{claim} +(\w+) +(\d) +{re.escape(text)}$", said, re.M) == answers
-    holds = re.findall(r'"seed": 1, "claim": "(\w+)", "holds": true', out.getvalue())
-    assert holds == [claim for claim in CLAIMS if claim not in failed]
+        second = "no    1" if claim in ("fix", "together", "price") else "yes   2"
+        for answer in ("yes   1", second):
+            assert f"\n{claim:14} {answer}  {text}\n" in said
     # The moment of an arm is where it is first down, otherwise its last evaluation.
-    moments = re.findall(
-        r"^step (\d+): 2% of messages on long tasks are bare tags\n.*\na question", said, re.M
-    )
+    moments = re.findall(r"^step (\d+): 2% of messages.*\n.*\na question", said, re.M)
     assert moments == ["10", "15", "15", "5"] * 2
 
 
@@ -1166,11 +1018,11 @@ BAD = """
 
 @pytest.mark.parametrize("flags, words", table(BAD))
 def test_bad_input_gets_a_line_that_names_it_and_empties_no_file(flags, words, tmp_path, capsys):
-    old = tmp_path / "run.jsonl"
-    old.write_text("what an hour has measured")
-    line = refused(capsys, "toolrl", lambda: run_little(old, *flags.split()))
+    out = tmp_path / "run.jsonl"
+    out.write_text("what an hour has measured")
+    line = refused(capsys, "", out, *flags.split())
     assert words in line.replace("_", "-")
-    assert old.read_text() == "what an hour has measured"
+    assert out.read_text() == "what an hour has measured"
 
 
 def test_the_help_has_each_flag_once_with_its_comment_and_default_beside_it(capsys, monkeypatch):
@@ -1178,91 +1030,65 @@ def test_the_help_has_each_flag_once_with_its_comment_and_default_beside_it(caps
     with pytest.raises(SystemExit):
         toolrl.read_settings(["--help"])
     said = capsys.readouterr().out
-    joined = re.sub(r"\n {4,}", " ", said)  # a flag and its comment may stand in two lines
-    assert "spaces between them" in said and "RL alone breaks" in said
     for name, value in vars(toolrl.Settings()).items():
         (comment,) = re.findall(rf"^    {name}: .*  # (.*)", CODE, re.M)
-        flag = re.escape(f"--{name.replace('_', '-')} ")
-        found = re.findall(rf"^  {flag}.*\(default: (.*)\)$", joined, re.M)
-        assert found == [str(value)] and comment in said
+        flag = rf"\n  --{name.replace('_', '-')} [^(]*"
+        assert re.findall(flag + re.escape(f"{comment} (default: {value})\n"), said)
 
 
 # A value that has to change what is measured.
-CHANGES = """
-seeds | arms | base-steps | base-lr | bare-share | mixed-share | steps | lr   | no-call-share
-1     | sft  | 3          | 0.1     | 1          | 1           | 5     | 0.01 | 0
-groups | group-size | minibatches | clip | sft-every | sft-steps | sft-lr | sft-until | sft-batch
-3      | 5          | 1           | 0.01 | 2         | 1         | 0.1    | 0.5       | 8
-hasty-share | eval-every | eval-episodes
-0           | 1          | 5
-"""
+CHANGES = """{"seeds": [1], "arms": ["sft"], "steps": 5, "eval_every": 1, "eval_episodes": 5,
+"base_steps": 3, "base_lr": 0.1, "bare_share": 1.0, "mixed_share": 1.0, "lr": 0.01, "groups": 3,
+"no_call_share": 0.0, "group_size": 5, "minibatches": 1, "clip": 0.01, "sft_every": 3,
+"sft_steps": 1, "sft_lr": 0.1, "sft_until": 0.6, "sft_batch": 9, "hasty_share": 0.0}"""
 
 
-@pytest.fixture(scope="session")
-def little_run(tmp_path_factory):
-    return run_little(tmp_path_factory.mktemp("little") / "run.jsonl")
-
-
-def test_each_setting_changes_what_is_measured(little_run, tmp_path):
-    lines = table(CHANGES)
-    changes = []
-    for names, values in zip(lines[::2], lines[1::2], strict=True):
-        changes += zip(names, values, strict=True)
-    named = {name.replace("-", "_") for name, _ in changes}
-    assert named == set(vars(SMALL)) - {"model", "device", "out"}
-    for name, value in changes:
-        events = run_little(tmp_path / "run.jsonl", "--" + name, value)
-        assert events[1:-1] != little_run[1:-1], f"--{name} changes nothing"
+def test_each_setting_changes_what_is_measured():
+    usual = replace(toolrl.read_settings(LITTLE), arms=["interleaved"])
+    found = set()
+    for name, value in [("model", ""), *json.loads(CHANGES).items()]:  # first, none is changed
+        settings = replace(usual, **{name: value})
+        ((_, history),) = toolrl.run(settings, TINY, None, io.StringIO()).items()
+        found.add(str(list(history.values())))
+    assert len(found) == len(vars(usual)) - 2  # all but device and out
 
 
 EVAL = (
     f"event seed arm step {' '.join(toolrl.PROBES)} no_call_reward skill p bare_tags conversation"
 )
-CONFIG = " ".join(["event", *vars(SMALL), "versions"])
-SHAPE = [CONFIG, EVAL] + [EVAL + " equal_groups"] * 2 + [EVAL] * 2 + [EVAL + " equal_groups"] * 2
+RL = EVAL + " equal_groups"
+SHAPE = [" ".join(["event", *vars(SMALL), "versions"]), EVAL, RL, RL, EVAL, EVAL, RL, RL]
 SHAPE += ["event seed claim holds"] * 6 + ["event seconds"]
 
 
-def test_a_run_needs_no_network_and_says_what_differs_and_what_it_overwrites(
-    little_run, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr("socket.socket", None)
+def test_a_run_depends_on_nothing_beside_it_and_says_what_it_overwrites(tmp_path, capsys):
     out = tmp_path / "run.jsonl"
-    assert run_little(out)[:-1] == little_run[:-1]
+    alone = run_little(out)
     assert "overwritten" not in capsys.readouterr().out
-    # Neither the seeds nor the arms beside it change what an arm gives.
-    events = run_little(out, "--seeds", "1", "0", "--arms", "sft", "rl")
+    beside = run_little(out, "--seeds", "1", "0", "--arms", "sft", "rl")
     said = capsys.readouterr().out
     assert f"{out} is overwritten" in said and "lr=0.05" in said and "clip" not in said
-    for arm in ("base", "rl", "sft"):
-        runs = [
-            [e for e in those if (e.get("arm"), e.get("seed")) == (arm, 0)]
-            for those in (events, little_run)
-        ]
-        assert runs[0] == runs[1] != []
-    assert [" ".join(event) for event in little_run] == SHAPE
-    assert little_run[0]["out"] == "" and torch.__version__ in little_run[0]["versions"]
-    assert not any(event.get("holds") for event in little_run)  # four steps show nothing
+    for event in alone[1:6]:  # the evaluations of the base, rl and sft
+        assert event in beside
+    assert [" ".join(event) for event in alone] == SHAPE
+    assert alone[0]["out"] == "" and torch.__version__ in alone[0]["versions"]
+    assert not any(event.get("holds") for event in alone)  # four steps show nothing
 
 
-def test_ctrl_c_leaves_what_was_measured_and_other_ends_have_their_own_codes(
-    tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize(
+    "error, words, code",
+    [(KeyboardInterrupt(), "run.jsonl", 130), (RuntimeError("no memory"), "--device cpu", 2)],
+)
+def test_what_was_measured_before_the_end_is_on_disk(
+    error, words, code, tmp_path, monkeypatch, capsys
 ):
+    def stop(*_):
+        raise error
+
+    monkeypatch.setattr(toolrl, "train_arm", stop)
     out = tmp_path / "run.jsonl"
-    ends = [(KeyboardInterrupt(), f"stopped.*{out.name}", 130)]
-    ends.append((RuntimeError("CUDA out of memory: much more"), "--device cpu", 2))
-    for error, words, code in ends:
-
-        def update(*_, error=error):
-            raise error
-
-        monkeypatch.setattr(toolrl, "grpo_update", update)
-        line = refused(capsys, "toolrl: ", lambda: run_little(out), code)
-        assert re.search(words, line)
-        assert re.findall(r'"event": "(\w+)"', out.read_text()) == ["config", "eval"]
-    monkeypatch.setattr(toolrl, "grpo_update", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # a bug is not hidden
-        run_little(out)
+    refused(capsys, words, out, code=code)
+    assert re.findall(r'"event": "(\w+)"', out.read_text()) == ["config", "eval"]
 
 
 # %% --model
@@ -1272,12 +1098,12 @@ def test_a_checkpoint_has_its_own_defaults_and_explicit_flags_win():
     usual = vars(toolrl.Settings()) | toolrl.PRETRAINED | {"model": "x"}
     assert vars(toolrl.read_settings(["--model", "x"])) == usual
     # A flag wins even if it asks for what is the tiny model's default.
-    steps = vars(toolrl.Settings())["base_steps"]
-    flags = ["--lr", "0.5", "--model", "x", "--base-steps", str(steps)]
-    assert vars(toolrl.read_settings(flags)) == usual | {"base_steps": steps, "lr": 0.5}
+    steps = toolrl.Settings().base_steps
+    flags = ["--model", "x", "--base-steps", str(steps)]
+    assert vars(toolrl.read_settings(flags)) == usual | {"base_steps": steps}
 
 
-@pytest.mark.parametrize("rows, tied", [(320, True), (292, True), (320, False), (292, False)])
+@pytest.mark.parametrize("rows, tied", [(320, True), (292, False)])
 def test_a_new_tag_starts_as_the_mean_of_its_pieces(rows, tied, tmp_path):
     # There are more rows than there will be tokens, or fewer.
     folder = save_checkpoint(tmp_path, vocab_size=rows, tie_word_embeddings=tied)
@@ -1294,30 +1120,35 @@ def test_a_new_tag_starts_as_the_mean_of_its_pieces(rows, tied, tmp_path):
         torch.testing.assert_close(getattr(policy, tables)().weight, torch.stack(expected))
 
 
-def test_a_run_with_a_checkpoint_leaves_a_file_of_the_same_shape(checkpoint, tmp_path):
-    events = run_little(tmp_path / "run.jsonl", "--model", checkpoint)
+def test_a_run_with_a_checkpoint_needs_no_network(tmp_path, monkeypatch):
+    monkeypatch.setattr("socket.socket", None)
+    events = run_little(tmp_path / "run.jsonl", "--model", save_checkpoint(tmp_path))
     assert [" ".join(event) for event in events] == SHAPE
     assert (events[0]["sft_lr"], events[0]["steps"]) == (toolrl.PRETRAINED["sft_lr"], 4)
 
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 2}
-HYBRIDS = {
-    "Lfm2Config": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
-    "Qwen3_5TextConfig": {"num_hidden_layers": 4, "linear_num_key_heads": 2}
-    | {"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
-    "FalconH1Config": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16}
-    | {"mamba_d_state": 8, "mamba_n_groups": 1},
-}
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 8}
+SIZES |= {"num_key_value_heads": 2, "num_hidden_layers": 2}
+LINEAR = dict.fromkeys(["linear_key_head_dim", "linear_value_head_dim"], 8)
+LINEAR |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_hidden_layers": 4}
+MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+CONVOLUTION = {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}
 
 
-@pytest.mark.parametrize("name", [*HYBRIDS, "LlamaConfig"])
-def test_rollouts_of_other_architectures_agree_with_one_pass(name, tmp_path):
-    config = getattr(transformers, name)(**SIZES | HYBRIDS.get(name, {}))
-    settings = replace(SMALL, model=save_checkpoint(tmp_path, config))
-    chat, policy = toolrl.load(settings)
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("LlamaConfig", {}),
+        ("Lfm2Config", CONVOLUTION),
+        ("Qwen3_5TextConfig", LINEAR),
+        ("FalconH1Config", MAMBA),
+    ],
+)
+def test_rollouts_of_other_architectures_agree_with_one_pass(name, more, tmp_path):
+    config = getattr(transformers, name)(**SIZES | more)
+    chat, policy = toolrl.load(replace(SMALL, model=save_checkpoint(tmp_path, config)))
     check_log_probs(policy, chat)
-    toolrl.rehearse(policy, chat, settings)
+    toolrl.rehearse(policy, chat, SMALL)
 
 
 # In a file of the checkpoint: the place, what is put there, and what is then said.
@@ -1327,49 +1158,44 @@ config.json           | num_hidden_layers       | 1                     | the we
 config.json           | max_position_embeddings | 64                    | the model takes fewer
 tokenizer.json        | normalizer              | {"type": "Lowercase"} | the tokenizer cannot write
 tokenizer.json        | model vocab Z           | 999                   | have holes
-tokenizer_config.json | chat_template           | "{{ messages }}"      | does not end each message
 """
 
 
 @pytest.mark.parametrize("name, path, value, words", table(SPOILT))
 def test_a_checkpoint_that_does_not_fit_gets_one_line(name, path, value, words, tmp_path, capsys):
-    folder = save_checkpoint(tmp_path)
-    if path == "chat_template":
-        (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    run = [tmp_path / "run.jsonl", "--model", save_checkpoint(tmp_path)]
     spoilt = json.loads((tmp_path / name).read_text(encoding="utf-8"))
     put(spoilt, path, json.loads(value))
     (tmp_path / name).write_text(json.dumps(spoilt), encoding="utf-8")
-    line = refused(capsys, words, lambda: run_little(tmp_path / "run.jsonl", "--model", folder))
-    assert line.startswith("toolrl: --model ")
+    refused(capsys, words, *run)
     (tmp_path / name).unlink()  # no configuration, or no tokenizer
-    refused(capsys, "--model", lambda: run_little(tmp_path / "run.jsonl", "--model", folder))
+    refused(capsys, "--model", *run)
 
 
 def test_weights_that_do_not_train_and_a_cache_that_errs_get_one_line(
-    checkpoint, tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys
 ):
-    flags = ["--model", checkpoint]
-    monkeypatch.setattr(toolrl, "token_log_probs", lambda *all: token_log_probs(*all) + 0.1)
-    refused(capsys, "with a cache", lambda: run_little(tmp_path / "a", *flags))
+    run = [tmp_path / "run.jsonl", "--model", save_checkpoint(tmp_path)]
+    real = toolrl.token_log_probs
+    monkeypatch.setattr(toolrl, "token_log_probs", lambda *all: real(*all) + 0.1)
+    refused(capsys, "with a cache", *run)
     monkeypatch.setattr(torch.nn.Module, "parameters", lambda self: [torch.zeros(1)])
-    refused(capsys, "do not train", lambda: run_little(tmp_path / "a", *flags))
+    refused(capsys, "do not train", *run)
 
 
-token_log_probs = toolrl.token_log_probs
-# What a template says, what another one says there, and why it is refused.
-TEMPLATES = r"""
+# What the template says, what another one says there, and why it is refused.
+TEMPLATES = """
 {% endif %}<|im_end|>          | {% endif %}</s>              | does not end each message
 {% for m in messages %}        | {% for m in messages[1:] %}  | does not show each
 <tool_response>{{ m.content }} | <tool_response>              | does not show each
 {% if add_generation_prompt %} | {% if false %}               | another header
-assistant\n{% endif %}          | assistant\n<think>{% endif %} | another header
+<|im_start|>assistant          | <|im_start|>assistant  think | another header
 """
 
 
 @pytest.mark.parametrize("old, new, why", table(TEMPLATES))
 def test_a_template_that_says_something_else_is_refused(old, new, why):
     tokenizer = toolrl.tiny_tokenizer()
-    old, new = [text.replace("\\n", "\n") for text in (old, new)]
     assert old in tokenizer.chat_template
     tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
     with pytest.raises(ValueError, match=why):
@@ -1380,149 +1206,130 @@ def test_a_template_that_says_something_else_is_refused(old, new, why):
 
 # A part of the file, what is put there, and what is said of it.
 TASK_MISTAKES = """
-wording             | {}                           | 'system' is missing
-wording system      | "use tags"                   | the word TAG
-wording answer      | "It is nobody"               | the word PERSON
-open B              | "<tool_call>"                | a tag stands twice
-train one_call      | []                           | one_call: train and held_out need questions
-held_out one_call   | ["friend of alice ?"]        | none in common
-train one_call      | ["friend of zoe ?"]          | friend of zoe
-train one_call      | ["boss of bob ?"]            | boss of bob
-train one_call      | ["friend of them ?"]         | is no one_call question
-train multi_step    | ["rival of rival of rival of rival of rival of rival of leo ?"] | too long
+wording           | {}                    | 'system' is missing
+wording system    | "use tags"            | the word TAG
+wording answer    | "It is nobody"        | the word PERSON
+open B            | "<tool_call>"         | a tag stands twice
+train one_call    | []                    | one_call: train and held_out need questions
+held_out one_call | ["friend of alice ?"] | none in common
+train one_call    | ["friend of zoe ?"]   | zoe
+train one_call    | ["boss of bob ?"]     | boss
+train one_call    | ["friend of them ?"]  | is no one_call question
+train multi_step  | ["friend of friend of friend of friend of friend of friend of leo ?"] | too long
 """
-
-
-@pytest.mark.parametrize("path, value, words", table(TASK_MISTAKES))
-def test_a_mistake_in_the_tasks_gets_one_line(path, value, words, tmp_path, capsys):
+RAW = [
+    (TASKS_TEXT.replace('"alice",', '"alice",,', 1).encode(), "Expecting value"),
+    (TASKS_TEXT.replace("alice", "zoë").encode("latin-1"), "can't decode"),
+    (TASKS_TEXT.replace("alice", "zoë").encode("utf-8-sig"), None),  # with a byte order mark
+    (TASKS_TEXT.replace("alice", "mary ann").encode(), None),
+]
+for path, value, words in table(TASK_MISTAKES):
     tasks = json.loads(TASKS_TEXT)
     put(tasks, path, json.loads(value))
-    check_refused_tasks(json.dumps(tasks).encode(), words, tmp_path, capsys)
+    RAW.append((json.dumps(tasks).encode(), words))
 
 
-def check_refused_tasks(tasks, words, folder, capsys):
-    def run():
-        run_little(folder / "run.jsonl", module=load_copy(folder, tasks=tasks))
-
-    assert refused(capsys, words, run).startswith("toolrl: tiny_tasks.json: ")
-
-
-def test_a_file_that_is_no_json_gets_one_line(tmp_path, capsys):
-    comma = TASKS_TEXT.replace('"alice",', '"alice",,', 1)
-    check_refused_tasks(comma.encode(), "Expecting value", tmp_path, capsys)
-    latin = TASKS_TEXT.replace("alice", "zoë").encode("latin-1")
-    check_refused_tasks(latin, "can't decode", tmp_path, capsys)
-
-
-@pytest.mark.parametrize("name, encoding", [("zoë", "utf-8"), ("mary ann", "utf-8-sig")])
-def test_names_of_any_letters_and_words_and_a_byte_order_mark_are_accepted(
-    name, encoding, tmp_path
+@pytest.mark.parametrize("tasks, words", RAW, ids=range(len(RAW)))
+def test_mistakes_in_the_tasks_get_one_line_and_other_names_are_accepted(
+    tasks, words, tmp_path, capsys
 ):
-    tasks = TASKS_TEXT.replace("alice", name).encode(encoding)
-    module = load_copy(tmp_path, tasks=tasks)
-    assert run_little(tmp_path / "run.jsonl", module=module)[-1]["event"] == "done"
+    (tmp_path / "toolrl.py").write_text(CODE, encoding="utf-8")
+    (tmp_path / "tiny_tasks.json").write_bytes(tasks)
+    if words:
+        said = refused(capsys, words, tmp_path / "a", folder=tmp_path)
+        assert said.startswith("toolrl: tiny_tasks.json: ")
+    else:
+        assert run_little(tmp_path / "a", folder=tmp_path)[-1]["event"] == "done"
 
 
 # %% The README, and the whole story
 
-README_COMMANDS = re.findall(r"^python toolrl\.py ?([^|>\n]*)", README, re.M)
+README = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else ""
+COMMANDS = re.findall(r"^python toolrl\.py ?([^|>\n]*)", README, re.M)
 SILENT = "".join(re.findall(r"^\*\*[^*\n]*silent bugs.*?(?=^\*\*\d|^## |\Z)", README, re.M | re.S))
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(README_COMMANDS))
-def test_slow_commands_of_the_readme_run(command, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
+def test_slow_commands_of_the_readme_run(command, tmp_path, monkeypatch):
     flags = shlex.split(re.sub(r"\$\(seq (\d+).*?\)", r"\1", command), comments=True)
     settings = toolrl.read_settings(flags)  # before tiny settings replace them
     little = vars(toolrl.read_settings(LITTLE))
     small = {name: little[name] for name in ("base_steps", "steps", "eval_episodes", "sft_batch")}
-    small |= {"seeds": settings.seeds[:1], "model": checkpoint if settings.model else ""}
-    main(replace(settings, **small, eval_every=2, device="cpu"))
-    assert len(list(tmp_path.iterdir())) == bool(settings.out)
+    model = save_checkpoint(tmp_path) if settings.model else ""
+    monkeypatch.chdir(tmp_path)
+    main(replace(settings, **small, seeds=settings.seeds[:1], model=model, device="cpu"))
+    assert Path(settings.out or ".").exists()
 
 
 def patched(diff, folder):
     """A copy of the project, to which a diff of the README is applied."""
     for name in ("toolrl.py", "tiny_tasks.json", "test_toolrl.py"):
         shutil.copy(HERE / name, folder)
-    (folder / "a.diff").write_text(diff, encoding="utf-8", newline="\n")
-    done = subprocess.run(["git", "apply", "a.diff"], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    if diff:
+        subprocess.run(["git", "apply", "-"], cwd=folder, input=diff.encode(), check=True)
     return folder
 
 
 @pytest.mark.parametrize("diff", re.findall(r"```diff\n(.*?)```", README, re.S))
 def test_slow_diffs_of_the_readme_apply_and_run(diff, tmp_path):
     folder = patched(diff, tmp_path)
-    code = (folder / "toolrl.py").read_text(encoding="utf-8")
-    other = load_copy(folder, code, (folder / "tiny_tasks.json").read_bytes())
-    assert run_little(tmp_path / "run.jsonl", module=other)[-1]["event"] == "done"
+    assert run_little(tmp_path / "run.jsonl", folder=folder)[-1]["event"] == "done"
 
 
 @pytest.mark.parametrize("diff", re.findall(r"```diff\n(.*?)```", SILENT, re.S))
 def test_slow_a_quick_test_finds_each_silent_bug_of_the_readme(diff, tmp_path):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not slow", "test_toolrl.py"]
+    quick = "advantages or grpo or blind_reward or rollout or an_sft_update"
+    command = [sys.executable, "-m", "pytest", "-q", "-k", f"({quick}) and not slow"]
     done = subprocess.run(command, cwd=patched(diff, tmp_path), capture_output=True, text=True)
     assert done.returncode == 1 and "FAILED test_toolrl.py::test_" in done.stdout, done.stdout
 
 
-@pytest.mark.parametrize("snippet", [text for text in SNIPPETS if "run.jsonl" in text])
-def test_slow_snippets_of_the_readme_read_a_run(snippet, tmp_path, monkeypatch, capsys):
-    if "matplotlib" in snippet:
-        pytest.importorskip("matplotlib", reason="the README's picture needs matplotlib")
-    monkeypatch.chdir(tmp_path)
-    before = run_little(tmp_path / "run.jsonl", "--seeds", "0", "1")
-    capsys.readouterr()
-    exec(snippet, {})
-    after = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
-    assert before == after and (len(list(tmp_path.iterdir())) > 1 or capsys.readouterr().out)
-
-
-@pytest.mark.parametrize("snippet", [text for text in SNIPPETS if "GRPOTrainer" in text])
-def test_slow_the_bridge_to_trl_runs(snippet, tmp_path):
-    pytest.importorskip("trl", reason="the README's bridge needs trl")
-    code = CODE
-    for name, value in zip(LITTLE[2::2], LITTLE[3::2], strict=True):  # little by default
-        code = re.sub(rf"({name[2:].replace('-', '_')}: \w+ =) \S+", rf"\1 {value}", code)
-    load_copy(tmp_path, code)
-    snippet = re.sub(r"max_steps=\d+", "max_steps=2", snippet)
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_slow_snippets_of_the_readme_run(snippet, tmp_path):
+    for package in re.findall("^from (matplotlib|trl)", snippet, re.M):
+        pytest.importorskip(package, reason=f"a snippet of the README needs {package}")
+    events = run_little(tmp_path / "run.jsonl", "--seeds", "0", "1")
+    patched("", tmp_path)
     (tmp_path / "bridge.py").write_text(snippet, encoding="utf-8")
-    subprocess.run([sys.executable, "bridge.py"], cwd=tmp_path, check=True)
+    command = [sys.executable, "bridge.py", *LITTLE]  # the bridge to TRL takes toolrl's flags
+    said = subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.PIPE).stdout
+    assert said or list(tmp_path.glob("*.png"))
+    lines = (tmp_path / "run.jsonl").read_text(encoding="utf-8").splitlines()
+    assert list(map(json.loads, lines)) == events  # it is only read
 
 
-def start(*flags, **pipes):
+def start(*flags, stdout=subprocess.DEVNULL):
     """A run of its own, which hears Ctrl-C even if it is a background job's child."""
     hear = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    hear += "runpy.run_path('toolrl.py', run_name='__main__')"
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True} | pipes
-    return subprocess.Popen([sys.executable, "-c", hear, *map(str, flags)], cwd=HERE, **pipes)
+    command = [sys.executable, "-c", hear + "runpy.run_path('toolrl.py', run_name='__main__')"]
+    pipes = {"stdout": stdout, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, "--device", "cpu", *flags], cwd=HERE, **pipes)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals and pipes are others there")
-def test_slow_a_real_ctrl_c_and_a_reader_that_has_seen_enough(tmp_path):
-    out = tmp_path / "run.jsonl"
-    run = start("--base-steps", 20, "--out", out, "--device", "cpu")
-    while run.poll() is None and not (out.exists() and '"arm": "rl"' in out.read_text()):
-        time.sleep(0.2)
-    run.send_signal(signal.SIGINT)
-    said = run.communicate(timeout=60)[1]
-    assert run.returncode == 130 and re.fullmatch("toolrl: stopped.*\n", said)
-    run = start(*LITTLE, stdout=subprocess.PIPE)
-    assert run.stdout.readline().startswith("toolrl with ")
-    run.stdout.close()  # as head does
-    assert run.stderr.read() == "" and run.wait() == 1
+def test_slow_a_real_ctrl_c_and_a_reader_that_has_seen_enough():
+    for signals, code in ((True, 130), (False, 1)):
+        run = start("--base-steps", "20", stdout=subprocess.PIPE)
+        for _ in range(4):
+            assert run.stdout.readline()  # each line comes at once
+        if signals:
+            run.send_signal(signal.SIGINT)
+        run.stdout.close()  # as head does
+        said = run.stderr.read()
+        assert run.wait() == code and said.count("\n") == signals
 
 
 def test_slow_the_whole_story(tmp_path):
-    held = []
-    for seed in (0, 1):
-        flags = ["--device", "cpu", "--seeds", seed, "--arms", *toolrl.ARMS, "--out"]
-        runs = [start(*flags, tmp_path / name) for name in "ab"]
-        assert [run.communicate()[1] for run in runs] == ["", ""]
-        first, again = [(tmp_path / name).read_text().splitlines() for name in "ab"]
-        assert first[:-1] == again[:-1]
-        held.append(set(re.findall(r'"(\w+)", "holds": true', str(first))))
+    runs = []
+    for seeds in ("0", "01"):
+        flags = ["--arms", *toolrl.ARMS, "--out", str(tmp_path / seeds), "--seeds", *seeds]
+        runs.append(start(*flags))
+    assert [run.communicate()[1] for run in runs] == ["", ""]
+    alone, both = [(tmp_path / seeds).read_text().splitlines() for seeds in ("0", "01")]
+    count = len(alone) - 1  # the last line has the seconds
+    assert alone[1:count] == both[1:count]
+    held = [re.findall(r'"(\w+)", "holds": true', str(half)) for half in (alone, both[count:])]
     # One of two seeds may disagree with a claim, but not that both together go beyond either.
-    assert "together" in held[0] & held[1]
-    assert held[0] | held[1] == set(CLAIMS)
+    assert "together" in held[0] and "together" in held[1]
+    assert set(held[0] + held[1]) == set(CLAIMS)
