@@ -484,6 +484,12 @@ def test_a_question_is_walked_from_the_person_outwards_and_nobody_is_asked_for()
     assert toolrl.right_answer("rival of mentor of them ?", directory) == ([], ASK)
 
 
+def test_a_directory_differs_by_tool_and_by_person():
+    directory = toolrl.new_directory(rng_for(0, "x"))
+    assert len({directory["rival", person] for person in toolrl.PEOPLE}) > 3
+    assert len({directory[tool, "leo"] for tool in toolrl.TOOLS}) > 1
+
+
 def fingerprint():
     """What has to be the same in every process."""
     draws = [rng_for(*stream).random() for stream in [(7, "x", 2), (8, "x", 1), (7, "y", 2)]]
@@ -922,8 +928,8 @@ rl rl-strict          | collapse control_token intact cause
 def test_absent_arms_are_not_judged_and_a_run_too_short_claims_nothing(arms, judged):
     history = {arm: story()[arm] for arm in arms.split()}
     assert toolrl.judge(history) == dict.fromkeys(judged.split(), True)
-    short = {arm: [evals[0], *evals[-2:]] for arm, evals in history.items()}
-    assert toolrl.judge(short) == dict.fromkeys(judged.split(), False)
+    del history[arms.split()[-1]][1:-2]  # one arm alone is too short
+    assert toolrl.judge(history) == dict.fromkeys(judged.split(), False)
 
 
 def test_figures_stand_under_their_names_in_rows_that_fit_a_narrow_screen(capsys):

@@ -806,7 +806,7 @@ DOWN = 0.05
 COLUMNS = {"success": 7, "skill": 5, "one_call": 4, "format_b": 6, "ask": 4}  # figure: its width
 COLUMNS |= {"no_call_reward": 7, "equal_groups": 6}
 HEADER = """\
-                   one_ format      no_call equal_ the control token that rose most
+                   one_ format      no_call equal_ control token that rose most
 step success skill call     _b  ask _reward groups where it is not due"""
 CLAIMS = {
     "collapse": "the base solves 0.2 or more, rl 0.02 or less at its last three evaluations",
