@@ -843,6 +843,17 @@ def test_name_flags_mark_the_names_and_nothing_else(chat):
         assert chat.decode(marked).replace(" ", "") == names
 
 
+def test_an_empty_message_counts_as_a_bare_tag_and_format_b_is_asked_for_in_format_b():
+    asked = set()
+
+    def next_id(ids):
+        asked.add("<function>" in TINY.decode(ids))
+        return TINY.end
+
+    found = evaluate(Puppet(TINY, next_id), TINY, SMALL, 0, "rl", 5)
+    assert found["bare_tags"] == 1 and asked == {True, False}
+
+
 def test_each_probe_asks_held_out_tasks_and_an_evaluation_says_what_was_done():
     # Half of the conversations are right, and the others end with a bare tag.
     records = []
