@@ -843,6 +843,14 @@ def test_name_flags_mark_the_names_and_nothing_else(chat):
         assert chat.decode(marked).replace(" ", "") == names
 
 
+def test_a_token_that_holds_a_space_and_a_name_is_part_of_the_name():
+    pieces = ["The answer is", " leo"]
+    chat = SimpleNamespace(
+        encode=lambda text: [0, 1], decode=lambda ids: "".join(pieces[: len(ids)])
+    )
+    assert toolrl.Chat.name_flags.__wrapped__(chat, RIGHT) == [False, True]
+
+
 def test_an_empty_message_counts_as_a_bare_tag_and_format_b_is_asked_for_in_format_b():
     asked = set()
 
