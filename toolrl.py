@@ -1,6 +1,6 @@
 """toolrl: RL alone breaks a tool caller, SFT alone copies its teacher, together they do better.
 
-    python toolrl.py                        a tiny model, in half a minute
+    python toolrl.py                        a tiny model, in under a minute
     python toolrl.py --model CHECKPOINT     a pretrained model, other defaults
 
 A policy is a language model that acts. The harness is the program around it: it runs the policy's
