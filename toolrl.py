@@ -1131,7 +1131,10 @@ def main(settings=None):
     try:
         return run(settings, *start(settings))
     except KeyboardInterrupt:
-        print("toolrl: stopped; what was measured is above", settings.out, file=sys.stderr)
+        where = "above"
+        if settings.out:
+            where = f"above and in {settings.out}"
+        print(f"toolrl: stopped; what was measured is {where}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
