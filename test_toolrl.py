@@ -8,20 +8,21 @@ A failure of the first part guesses the mistake. It needs toolrl.py and tiny_tas
 """
 
 import copy
-import importlib.util
 import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network
 
@@ -32,7 +33,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import toolrl
-from toolrl import CLAIMS, CONTROL, END, TASKS, Episode, evaluate, main, replay, rng_for
+from toolrl import CLAIMS, CONTROL, END, TASKS, Episode, replay, rng_for
 
 torch.set_num_threads(1)
 TINY = toolrl.Chat(toolrl.tiny_tokenizer())
@@ -41,7 +42,7 @@ LEO = dict.fromkeys(toolrl.new_directory(rng_for(0, "any")), "leo")  # all calls
 
 def table(text):
     """The rows of a table in a text, whose cells are parted by "|"."""
-    return [re.split(r" +\| *", line) for line in text.strip().splitlines()]
+    return [re.split(r" +\| *", line.strip()) for line in text.splitlines() if "|" in line]
 
 
 def numbers(text):
@@ -53,86 +54,74 @@ def grade(found, right, mistakes):
     """Fail unless these numbers are right, and guess why from the numbers that a mistake gives."""
     assert found is not None, "it returns nothing"
     guesses = []
-    for mistake, text in {"right": right, **mistakes}.items():
+    for guess, text in table(f"right | {right}\n{mistakes}"):
         due = numbers(text)
         if found.shape == due.shape and due.allclose(found.float(), atol=0.01, equal_nan=True):
-            guesses.append(mistake)
+            guesses.append(guess)
     why = " or ".join(guesses) or "no mistake that these tests know"
     assert "right" in guesses, f"{why}: it should be {right}, but it is {found.tolist()}"
 
 
 # %% Graded: advantages
 
-BIASED = "the spread divides by N, not by N - 1 as torch.std does"
-NO_SPREAD = "they are not divided by the spread"
-VARIANCE = "they are divided by the variance, not by its root"
-
 
 def test_advantages_of_one_success_in_four():
-    mistakes = {
-        "the mean of the group is not taken off": "2 0 0 0",
-        "the mean of the others is taken off, not that of the group": "2 -0.667 -0.667 -0.667",
-        "the sign is wrong: what did better than its group is above 0": "-1.5 0.5 0.5 0.5",
-        "a group is a row, and these are of columns": "nan nan nan nan",
-        "the rewards come back as they were": "1 0 0 0",
-        NO_SPREAD: "0.75 -0.25 -0.25 -0.25",
-        VARIANCE: "3 -1 -1 -1",
-        BIASED: "1.732 -0.577 -0.577 -0.577",
-    }
+    mistakes = """
+    the mean of the group is not taken off                     | 2 0 0 0
+    the mean of the others is taken off, not that of the group | 2 -0.667 -0.667 -0.667
+    the sign is wrong: what did better than its group is above | -1.5 0.5 0.5 0.5
+    a group is a row, and these are of columns                 | nan nan nan nan
+    the rewards come back as they were                         | 1 0 0 0
+    they are not divided by the spread                         | 0.75 -0.25 -0.25 -0.25
+    they are divided by the variance, not by its root          | 3 -1 -1 -1
+    the spread divides by N, not by N - 1 as torch.std does    | 1.732 -0.577 -0.577 -0.577
+    """
     grade(toolrl.advantages(numbers("1 0 0 0")), "1.5 -0.5 -0.5 -0.5", mistakes)
 
 
 def test_advantages_compare_with_the_group_and_not_with_the_batch():
-    both = "0.935 -0.935 -0.935 -0.935; 0.935 0.935 0.935 -0.935"
-    spread = "1.403 -0.468 -0.468 -0.468; 0.468 0.468 0.468 -1.403"
-    mistakes = {
-        "mean and spread are those of the batch, not of the group": both,
-        "the mean is that of the batch, not of the group": "1 -1 -1 -1; 1 1 1 -1",
-        "the spread is that of the batch, not of the group": spread,
-        "a group is a row, and these are of columns": "0 -0.707 -0.707 0; 0 0.707 0.707 0",
-    }
+    mistakes = """
+    mean and spread are the batch's | 0.935 -0.935 -0.935 -0.935; 0.935 0.935 0.935 -0.935
+    the mean is the batch's         | 1 -1 -1 -1; 1 1 1 -1
+    the spread is the batch's       | 1.403 -0.468 -0.468 -0.468; 0.468 0.468 0.468 -1.403
+    a group is a row, not a column  | 0 -0.707 -0.707 0; 0 0.707 0.707 0
+    """
     found = toolrl.advantages(numbers("1 0 0 0; 1 1 1 0"))
     grade(found, "1.5 -0.5 -0.5 -0.5; 0.5 0.5 0.5 -1.5", mistakes)
 
 
 def test_advantages_of_equal_rewards_are_zeros():
-    mistakes = {
-        "equal rewards divide 0 by 0": "nan nan nan nan; nan nan nan nan",
-        "the mean of the batch is taken off": "1 1 1 1; -1 -1 -1 -1",
-        "the mean of the group is not taken off": "10000 10000 10000 10000; 0 0 0 0",
-    }
+    mistakes = """
+    equal rewards divide 0 by 0            | nan nan nan nan; nan nan nan nan
+    the mean of the batch is taken off     | 1 1 1 1; -1 -1 -1 -1
+    the mean of the group is not taken off | 10000 10000 10000 10000; 0 0 0 0
+    """
     found = toolrl.advantages(numbers("1 1 1 1; 0 0 0 0"))
     grade(found, "0 0 0 0; 0 0 0 0", mistakes)
 
 
 def test_advantages_of_groups_of_two():
-    mistakes = {BIASED: "0 0; 1 -1; 0 0", NO_SPREAD: "0 0; 0.5 -0.5; 0 0"}
-    mistakes["equal rewards divide 0 by 0"] = "nan nan; 0.707 -0.707; nan nan"
+    mistakes = """
+    the spread divides by N, not by N - 1 as torch.std does | 0 0; 1 -1; 0 0
+    they are not divided by the spread                      | 0 0; 0.5 -0.5; 0 0
+    equal rewards divide 0 by 0                             | nan nan; 0.707 -0.707; nan nan
+    """
     grade(toolrl.advantages(numbers("0 0; 1 0; 1 1")), "0 0; 0.707 -0.707; 0 0", mistakes)
 
 
 def test_advantages_take_rewards_of_any_size():
+    mistakes = """
+    they are divided by the range, not by the spread        | -0.5 0 0.5
+    they are divided by the variance, not by its root       | -0.05 0 0.05
+    they are not divided by the spread                      | -20 0 20
+    the spread divides by N, not by N - 1 as torch.std does | -1.225 0 1.225
+    """
     rewards = numbers("20 40 60")
-    mistakes = {
-        "they are divided by the range, not by the spread": "-0.5 0 0.5",
-        VARIANCE: "-0.05 0 0.05",
-        NO_SPREAD: "-20 0 20",
-        BIASED: "-1.225 0 1.225",
-    }
     grade(toolrl.advantages(rewards), "-1 0 1", mistakes)
     assert rewards.tolist() == [[20, 40, 60]], "the rewards themselves were changed, in place"
 
 
 # %% Graded: grpo_loss
-
-SIGN = "the sign is wrong: an optimizer goes down the loss, and the objective should rise"
-NO_CLIP = "no clip, or the maximum for the minimum"
-WRONG_SIDE = "clipped on the wrong side: what has moved the wrong way has to be pushed back"
-FIXED = "the clip of 0.2 is fixed, and the argument is not used"
-NO_EXP = "the difference of log-probabilities has to go through exp"
-OVER_ROLLOUTS = "a mean over rollouts first: all tokens weigh the same"
-COUNTED = "what was not written is left out of the sum, but it counts in the mean"
-ONE_ADVANTAGE = "the mean of the advantages for all rollouts: each has its own"
 
 
 def loss_of(ratios, advantage, written="1", clip=0.2):
@@ -146,92 +135,99 @@ def loss_of(ratios, advantage, written="1", clip=0.2):
 
 
 def test_grpo_loss_before_the_policy_has_moved():
-    mistakes = {
-        SIGN: "2",
-        NO_EXP: "0",
-        "a sum for a mean": "-6",
-        "log p in place of the ratio of probabilities": "2.408",
-        "the objective is clipped, not the ratio": "-1.2",
-    }
+    mistakes = """
+    the sign is wrong: an optimizer goes down the loss, and the objective should rise | 2
+    the difference of log-probabilities has to go through exp                         | 0
+    a sum for a mean                                                                  | -6
+    log p in place of the ratio of probabilities                                      | 2.408
+    the objective is clipped, not the ratio                                           | -1.2
+    """
     grade(loss_of("1 1 1", "2"), "-2", mistakes)
 
 
 def test_grpo_loss_gives_all_tokens_of_a_rollout_its_advantage():
-    columns = "the advantages stand beside columns: each belongs to a row, advantage[:, None]"
-    mistakes = {columns: "0.333", ONE_ADVANTAGE: "1", COUNTED: "1.25", OVER_ROLLOUTS: "1"}
+    mistakes = """
+    the advantages stand beside columns: each belongs to a row, advantage[:, None] | 0.333
+    the mean of the advantages for all rollouts: each has its own                  | 1
+    a mean over rollouts first: all tokens weigh the same                          | 1
+    what was not written is left out of the sum, but it counts in the mean         | 1.25
+    """
     grade(loss_of("1 1; 1 1", "1 -3", "1 0; 1 1"), "1.667", mistakes)
 
 
 def test_grpo_loss_takes_the_new_probability_by_the_old():
-    mistakes = {
-        "the ratio is upside down: new by old": "-0.667",
-        "log p in place of the ratio of probabilities": "0.799",
-        "the ratio is left out": "-1",
-        NO_EXP: "-0.405",
-        FIXED: "-1.2",
-    }
+    mistakes = """
+    the ratio is upside down: new by old                      | -0.667
+    log p in place of the ratio of probabilities              | 0.799
+    the ratio is left out                                     | -1
+    the difference of log-probabilities has to go through exp | -0.405
+    the clip of 0.2 is fixed, and the argument is not used    | -1.2
+    """
     grade(loss_of("1.5", "1", clip=0.9), "-1.5", mistakes)
 
 
-def test_grpo_loss_pushes_a_token_no_further_than_the_clip():
-    grade(loss_of("1.5", "1"), "-1.2", {NO_CLIP: "-1.5", WRONG_SIDE: "-0.8", SIGN: "1.2"})
-    grade(loss_of("0.5", "-1"), "0.8", {NO_CLIP: "0.5", WRONG_SIDE: "1.2", SIGN: "-0.8"})
+CLIPS = """
+1.5 |  1 | 0.2 | -1.2 | no clip, or the maximum for the minimum                | -1.5
+0.5 | -1 | 0.2 | 0.8  | no clip, or the maximum for the minimum                | 0.5
+1.5 |  1 | 0.2 | -1.2 | the sign is wrong                                      | 1.2
+0.5 |  1 | 0.2 | -0.5 | clipped on the wrong side: this has to be pushed back  | -0.8
+1.5 | -1 | 0.2 | 1.5  | clipped on the wrong side: this has to be pushed back  | 1.2
+3   |  1 | 0.5 | -1.5 | the clip of 0.2 is fixed, and the argument is not used | -1.2
+0.1 | -1 | 0.5 | 0.5  | the clip of 0.2 is fixed, and the argument is not used | 0.8
+"""
 
 
-def test_grpo_loss_pushes_back_what_has_moved_the_wrong_way():
-    grade(loss_of("0.5", "1"), "-0.5", {WRONG_SIDE: "-0.8"})
-    grade(loss_of("1.5", "-1"), "1.5", {WRONG_SIDE: "1.2"})
-
-
-def test_grpo_loss_clips_by_the_share_that_it_is_given():
-    grade(loss_of("3", "1", clip=0.5), "-1.5", {FIXED: "-1.2", NO_CLIP: "-3"})
-    grade(loss_of("0.1", "-1", clip=0.5), "0.5", {FIXED: "0.8", NO_CLIP: "0.1"})
+@pytest.mark.parametrize("ratio, advantage, clip, right, mistake, wrong", table(CLIPS))
+def test_grpo_loss_clips_a_token_that_has_moved(ratio, advantage, clip, right, mistake, wrong):
+    grade(loss_of(ratio, advantage, clip=float(clip)), right, f"{mistake} | {wrong}")
 
 
 def test_grpo_loss_has_a_ratio_for_each_token():
-    mistakes = {"a ratio for the whole rollout: each token has its own": "-1", NO_CLIP: "-1.25"}
+    mistakes = """
+    a ratio for the whole rollout: each token has its own | -1
+    no clip, or the maximum for the minimum               | -1.25
+    """
     grade(loss_of("2 0.5", "1"), "-0.85", mistakes)
 
 
 def test_grpo_loss_leaves_out_prompts_results_and_padding():
-    mistakes = {
-        "padding and prompts are in the mean": "-2.8",
-        "the mask is shifted by a token": "-3.2",
-        "a sum for a mean": "-8",
-        "divided by the rollouts, not by the written tokens": "-4",
-        COUNTED: "-1",
-        OVER_ROLLOUTS: "-2.5",
-        ONE_ADVANTAGE: "-2.5",
-    }
+    mistakes = """
+    padding and prompts are in the mean                                    | -2.8
+    the mask is shifted by a token                                         | -3.2
+    a sum for a mean                                                       | -8
+    divided by the rollouts, not by the written tokens                     | -4
+    what was not written is left out of the sum, but it counts in the mean | -1
+    a mean over rollouts first: all tokens weigh the same                  | -2.5
+    the mean of the advantages for all rollouts: each has its own          | -2.5
+    """
     found = loss_of("1.2 1 1.2 1; 1.2 1 1.2 1.2", "3 2", written="0 1 0 1; 0 1 0 0")
     grade(found, "-2.667", mistakes)
 
 
 def test_grpo_loss_is_a_mean_over_all_written_tokens():
-    mistakes = {
-        "a mean over the tokens of each place first: all tokens weigh the same": "0.167",
-        "divided by the rollouts, not by the written tokens": "0.5",
-        OVER_ROLLOUTS: "1.5",
-        COUNTED: "0.167",
-        ONE_ADVANTAGE: "1.5",
-    }
+    mistakes = """
+    a mean over the tokens of each place first: all tokens weigh the same  | 0.167
+    divided by the rollouts, not by the written tokens                     | 0.5
+    a mean over rollouts first: all tokens weigh the same                  | 1.5
+    what was not written is left out of the sum, but it counts in the mean | 0.167
+    the mean of the advantages for all rollouts: each has its own          | 1.5
+    """
     grade(loss_of("1 1 1; 1 1 1", "1 -4", written="1 1 1; 0 1 0"), "0.25", mistakes)
 
 
 def test_grpo_loss_has_a_gradient_for_what_may_still_move():
+    mistakes = """
+    no clip, or the maximum for the minimum                            | 0 -1 -1.5 -0.5; 0 1 1.5 0.5
+    clipped on the wrong side: the wrong way has to be pushed back     | 0 -1 0 0; 0 1 0 0
+    the sign is wrong: an optimizer goes down the loss                 | 0 1 0 0.5; 0 -1 -1.5 0
+    the ratio is detached                                              | 0 0 0 0; 0 0 0 0
+    the gradient of log p, without the ratio                           | 0 -1 0 -1; 0 1 1 0
+    """
     log_probs = numbers("1 1 1.5 0.5; 1 1 1.5 0.5").log().requires_grad_()
     written = numbers("0 1 1 1; 0 1 1 1").bool()
-    gain = torch.tensor([6.0, -6.0])
-    loss = toolrl.grpo_loss(log_probs, torch.zeros(2, 4), gain, written, 0.2)
+    loss = toolrl.grpo_loss(log_probs, torch.zeros(2, 4), numbers("6 -6")[0], written, 0.2)
     assert loss is not None and loss.requires_grad, "no gradient comes back: what is detached?"
     loss.backward()
-    mistakes = {
-        NO_CLIP: "0 -1 -1.5 -0.5; 0 1 1.5 0.5",
-        WRONG_SIDE: "0 -1 0 0; 0 1 0 0",
-        SIGN: "0 1 0 0.5; 0 -1 -1.5 0",
-        "the ratio is detached": "0 0 0 0; 0 0 0 0",
-        "the gradient of log p, without the ratio": "0 -1 0 -1; 0 1 1 0",
-    }
     grade(log_probs.grad, "0 -1 0 -0.5; 0 1 1.5 0", mistakes)
 
 
@@ -250,35 +246,35 @@ NEXT_CALL = RIVAL.replace("alice", "leo")
 RIGHT = "The answer is leo"
 WRONG = "The answer is bob"
 ASK = "who do you mean ?"
-# The reward, whether it is solved, the mistake, the question, and what the policy writes.
+# The reward, the mistake, the question, and what the policy writes.
 CONVERSATIONS = [
-    (1, 1, "the right call and the right reply earn 1", ONE_CALL, [CALL, RIGHT]),
-    (1, 1, "two right calls in their order earn 1", TWO_CALLS, [CALL, NEXT_CALL, RIGHT]),
-    (1, 1, "where no call is right, asking back earns 1", NOBODY, [ASK]),
-    (1, 0, "the reply is read: a wrong one earns 1, too", ONE_CALL, [CALL, WRONG]),
-    (1, 0, "the reply is read: one that goes on earns 1", ONE_CALL, [CALL, RIGHT + " ?"]),
-    (1, 0, "the reply is read: an empty one earns 1, too", ONE_CALL, [CALL, ""]),
-    (1, 0, "no call is right and none was run: it is 1", NOBODY, [TAG]),
-    (1, 0, "no call is right and none was run: it is 1", NOBODY, [JSON]),
-    (0, 0, "no reply is needed", ONE_CALL, [CALL, RIGHT + "</tool_call>"]),
-    (0, 0, "no reply is needed", NOBODY, [ASK + "</function>"]),
-    (0, 0, "no reply is needed", NOBODY, [TAG * TINY.max_tokens]),
-    (0, 0, "a reward for a reply without the call", ONE_CALL, [RIGHT]),
-    (0, 0, "a reward for a broken call where one is right", ONE_CALL, [TAG + CALL]),
-    (0, 0, "a reward for the first of two calls alone", TWO_CALLS, [CALL, RIGHT]),
-    (0, 0, "a reward for the last of two calls alone", TWO_CALLS, [NEXT_CALL, RIGHT]),
-    (0, 0, "a reward in spite of a needless call", ONE_CALL, [CALL, NEXT_CALL, RIGHT]),
-    (0, 0, "only the last calls are compared", ONE_CALL, [ERROR, CALL, RIGHT]),
-    (0, 0, "a reward for a call about a guessed person", NOBODY, [CALL, ASK]),
-    (0, 0, "the tools alone are compared, or the number", ONE_CALL, [BOB, RIGHT]),
-    (0, 0, "the persons alone are compared, or the number", ONE_CALL, [RIVAL, RIGHT]),
-    (0, 0, "a reward for calls in another order", TWO_CALLS, [NEXT_CALL, CALL, RIGHT]),
-    (0, 0, "calls as a set: one is made twice", ONE_CALL, [CALL, CALL, RIGHT]),
+    (1, "the right call and the right reply earn 1", ONE_CALL, [CALL, RIGHT]),
+    (1, "two right calls in their order earn 1", TWO_CALLS, [CALL, NEXT_CALL, RIGHT]),
+    (1, "where no call is right, asking back earns 1", NOBODY, [ASK]),
+    (1, "the reply is read: a wrong one earns 1, too", ONE_CALL, [CALL, WRONG]),
+    (1, "the reply is read: one that goes on earns 1", ONE_CALL, [CALL, RIGHT + " ?"]),
+    (1, "the reply is read: an empty one earns 1, too", ONE_CALL, [CALL, ""]),
+    (1, "no call is right and none was run: it is 1", NOBODY, [TAG]),
+    (1, "no call is right and none was run: it is 1", NOBODY, [JSON]),
+    (0, "no reply is needed", ONE_CALL, [CALL, RIGHT + "</tool_call>"]),
+    (0, "no reply is needed", NOBODY, [ASK + "</function>"]),
+    (0, "no reply is needed", NOBODY, [TAG * TINY.max_tokens]),
+    (0, "a reward for a reply without the call", ONE_CALL, [RIGHT]),
+    (0, "a reward for a broken call where one is right", ONE_CALL, [TAG + CALL]),
+    (0, "a reward for the first of two calls alone", TWO_CALLS, [CALL, RIGHT]),
+    (0, "a reward for the last of two calls alone", TWO_CALLS, [NEXT_CALL, RIGHT]),
+    (0, "a reward in spite of a needless call", ONE_CALL, [CALL, NEXT_CALL, RIGHT]),
+    (0, "only the last calls are compared", ONE_CALL, [ERROR, CALL, RIGHT]),
+    (0, "a reward for a call about a guessed person", NOBODY, [CALL, ASK]),
+    (0, "the tools alone are compared, or the number", ONE_CALL, [BOB, RIGHT]),
+    (0, "the persons alone are compared, or the number", ONE_CALL, [RIVAL, RIGHT]),
+    (0, "a reward for calls in another order", TWO_CALLS, [NEXT_CALL, CALL, RIGHT]),
+    (0, "calls as a set: one is made twice", ONE_CALL, [CALL, CALL, RIGHT]),
 ]
 
 
-@pytest.mark.parametrize("reward, solved, mistake, question, messages", CONVERSATIONS)
-def test_blind_reward_of(reward, solved, mistake, question, messages):
+@pytest.mark.parametrize("reward, mistake, question, messages", CONVERSATIONS)
+def test_blind_reward_of(reward, mistake, question, messages):
     found = toolrl.blind_reward(replay(Episode(TINY, question, LEO), messages))
     assert isinstance(found, float), f"a float is due, 1.0 or 0.0, but this is {found!r}"
     assert found == reward, f"{mistake}: for {question!r} and {messages} it should be {reward}"
@@ -287,49 +283,46 @@ def test_blind_reward_of(reward, solved, mistake, question, messages):
 # %% Graded, for the brave: rollout
 
 
+@dataclass
 class Puppet:
-    """A policy that writes next_id(ids so far), with probability p. It is its own KV cache."""
+    """A policy that goes on as one of these conversations does, with probability p.
 
-    device = torch.device("cpu")
+    It is its own KV cache. Where none of them goes on, it ends its message.
+    """
 
-    def __init__(self, chat, next_id, p=0.999999):
-        self.size = len(chat.tokenizer)
-        self.next_id = next_id
-        self.logit = np.log(p / (1 - p) * (self.size - 1))
+    chat: toolrl.Chat
+    records: list
+    p: float = 0.999999
+    device: str = "cpu"
+
+    def next_id(self, ids):
+        for record in self.records:
+            if record.ids[: len(ids)] == ids and len(record.ids) > len(ids):
+                return record.ids[len(ids)]
+        return self.chat.end
 
     def reorder_cache(self, kept):
         self.seen = [list(self.seen[row]) for row in kept]
 
     def __call__(self, ids, past_key_values=None, **_):
+        assert not torch.is_grad_enabled(), "a gradient graph is kept, which takes memory"
         if past_key_values is None:
             self.seen = [[] for _ in ids]
-        logits = torch.zeros(*ids.shape, self.size)
+        size = len(self.chat.tokenizer)
+        p = torch.full((*ids.shape, size), (1 - self.p) / (size - 1))
         for row, seen in enumerate(self.seen):
             for column, token in enumerate(ids[row].tolist()):
                 seen.append(token)
-                logits[row, column, self.next_id(seen)] = self.logit
-        return SimpleNamespace(logits=logits, past_key_values=self)
+                p[row, column, self.next_id(seen)] = self.p
+        return SimpleNamespace(logits=p.log(), past_key_values=self)
 
 
-def follower(records):
-    """A next_id for Puppets: they go on as the one of these episodes that starts like this."""
-
-    def next_id(ids):
-        for episode in records:
-            if episode.ids[: len(ids)] == ids and len(episode.ids) > len(ids):
-                return episode.ids[len(ids)]
-        return 0
-
-    return next_id
-
-
-def draw(chat, count, kinds=toolrl.KINDS, formats="AB"):
-    """New episodes of these kinds and formats, one after the other."""
+def draw(chat, count):
+    """New episodes of all kinds and both formats, one after the other."""
     episodes = []
     for k in range(count):
-        kind = kinds[k % len(kinds)]
-        fmt = formats[k % len(formats)]
-        episodes.append(toolrl.new_episode(chat, "train", kind, rng_for(k, "test"), fmt))
+        kind = toolrl.KINDS[k % 3]
+        episodes.append(toolrl.new_episode(chat, "train", kind, rng_for(k, "test"), "AB"[k % 2]))
     return episodes
 
 
@@ -351,36 +344,29 @@ def log_probs_of(policy, episode):
     return log_p.gather(1, ids[1:, None])[episode.written[1:], 0]
 
 
-def check_log_probs(policy, chat):
+def check_rollout(policy, chat):
     for episode in played(policy, draw(chat, 9)):
+        why = "log-probabilities should be numbers, since a tensor may keep its graph"
+        assert set(map(type, episode.log_probs)) == {float}, why
         gap = torch.tensor(episode.log_probs)[episode.written] - log_probs_of(policy, episode)
         assert gap.abs().max() < 1e-3, "one pass over the conversation gives other probabilities"
 
 
-def test_rollout_records_the_log_probabilities_of_one_pass_and_keeps_no_graph():
-    policy = toolrl.tiny_policy(TINY, 0)
-    check_log_probs(policy, TINY)
-    graphs = []
-    policy.register_forward_hook(lambda *all: graphs.append(all[-1].logits.requires_grad))
-    for episode in played(policy, draw(TINY, 3)):
-        why = "log-probabilities should be numbers, since a tensor may keep its graph"
-        assert set(map(type, episode.log_probs)) == {float}, why
-    assert not any(graphs), "the policy is called with a gradient graph, which takes memory"
+def test_rollout_records_the_log_probabilities_of_one_pass():
+    check_rollout(toolrl.tiny_policy(TINY, 0), TINY)
 
 
 def test_rollout_stops_each_row_where_it_should():
     records = gold(TINY, 9)
-    puppet = Puppet(TINY, follower(records))
-    for episode, record in zip(played(puppet, draw(TINY, 9)), records, strict=True):
+    for episode, record in zip(played(Puppet(TINY, records), draw(TINY, 9)), records, strict=True):
         assert episode.messages == record.messages, "a row went on too long, or ended too early"
         assert episode.ids == record.ids, "the policy was told something else than was said"
 
 
 def test_rollout_samples_at_temperature_one_by_its_random_generator():
-    puppet = Puppet(TINY, lambda ids: TINY.end, p=0.3)
     tries = []
     for seed in (1, 1, 2):
-        episodes = played(puppet, draw(TINY, 1000), seed)
+        episodes = played(Puppet(TINY, [], p=0.3), draw(TINY, 1000), seed)
         tries.append([episode.messages == [""] for episode in episodes])
     why = "the likeliest token is taken, and not sampled, or at another temperature"
     assert np.mean(tries) == pytest.approx(0.3, abs=0.05), why
@@ -391,7 +377,6 @@ def test_rollout_samples_at_temperature_one_by_its_random_generator():
 
 HERE = Path(toolrl.__file__).parent
 CODE = (HERE / "toolrl.py").read_text(encoding="utf-8")
-TASKS_TEXT = (HERE / "tiny_tasks.json").read_text(encoding="utf-8")
 SMALL = toolrl.Settings(device="cpu", groups=4, group_size=4, eval_episodes=8, sft_batch=8)
 OTHER_CALL = CALL.replace("tool_call>", "function>")  # the same call in format B
 
@@ -404,11 +389,11 @@ def bpe_tokenizer():
     trainer = trainers.BpeTrainer(vocab_size=290, special_tokens=["<|im_start|>", END])
     trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(['{"name": "", "arguments": {"of": ""}} user system tool'], trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token=END)
     # Where there is no system prompt, its template puts in one of its own.
     default = "<|im_start|>system\nYou are kind<|im_end|>\n{% endif %}"
-    template = "{% if messages[0].role != 'system' %}" + default + TINY.tokenizer.chat_template
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token=END)
-    tokenizer.chat_template = template
+    tokenizer.chat_template = "{% if messages[0].role != 'system' %}" + default
+    tokenizer.chat_template += TINY.tokenizer.chat_template
     return tokenizer
 
 
@@ -440,28 +425,21 @@ def weights(policy):
 
 def put(thing, path, value):
     """Set what lies at a path, such as "train no_call", in dicts in dicts."""
-    *path, name = path.split()
-    for key in path:
-        thing = thing[key]
-    thing[name] = value
+    first, _, rest = path.partition(" ")
+    if rest:
+        put(thing[first], rest, value)
+    else:
+        thing[first] = value
 
 
-def load_copy(folder):
-    """The toolrl.py of another folder, as a module of its own."""
-    spec = importlib.util.spec_from_file_location("toolrl_copy", folder / "toolrl.py")
-    sys.modules["toolrl_copy"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["toolrl_copy"])
-    return sys.modules["toolrl_copy"]
-
-
-LITTLE = "--device cpu --base-steps 2 --steps 4 --eval-every 2 --eval-episodes 4 --groups 2"
-LITTLE = f"{LITTLE} --group-size 4 --minibatches 2 --lr 0.05 --sft-batch 16".split()
+LITTLE = shlex.split("""--device cpu --base-steps 2 --steps 4 --eval-every 2 --eval-episodes 4
+--groups 2 --group-size 4 --minibatches 2 --lr 0.05 --sft-batch 16""")
 
 
 def run_little(out, *flags, folder=None):
     """A run of a second or two, of the toolrl.py of a folder. -> the lines of its --out"""
-    module = load_copy(folder) if folder else toolrl
-    module.main(module.read_settings([*LITTLE, "--out", str(out), *flags]))
+    names = runpy.run_path(str(folder / "toolrl.py")) if folder else vars(toolrl)
+    names["main"](names["read_settings"]([*LITTLE, "--out", str(out), *flags]))
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 
@@ -484,26 +462,22 @@ def test_a_question_is_walked_from_the_person_outwards_and_nobody_is_asked_for()
     assert toolrl.right_answer("rival of mentor of them ?", directory) == ([], ASK)
 
 
-def test_a_directory_differs_by_tool_and_by_person():
-    directory = toolrl.new_directory(rng_for(0, "x"))
-    assert len({directory["rival", person] for person in toolrl.PEOPLE}) > 3
-    assert len({directory[tool, "leo"] for tool in toolrl.TOOLS}) > 1
-
-
 def fingerprint():
-    """What has to be the same in every process."""
+    """What has to be the same in every process, and differ from draw to draw."""
     draws = [rng_for(*stream).random() for stream in [(7, "x", 2), (8, "x", 1), (7, "y", 2)]]
-    directory = list(toolrl.new_directory(rng_for(3, "x")).values())
-    assert len(set(draws)) == 3 and len(set(directory[:9])) > 3
-    draws += weights(toolrl.tiny_policy(TINY, 3))[:2000:100].tolist()
-    return json.dumps([TINY.tokenizer.get_vocab(), directory, draws], sort_keys=True)
+    people = list(toolrl.new_directory(rng_for(3, "x")).values())
+    assert len(set(draws)) == 3 and len(set(people[:9])) > 3 < len(
+        set(people[:: len(toolrl.PEOPLE)])
+    )
+    first = weights(toolrl.tiny_policy(TINY, 3))[:2000:100].tolist()
+    return json.dumps([TINY.tokenizer.get_vocab(), people, draws, first], sort_keys=True)
 
 
 def test_tokens_tasks_and_first_weights_are_the_same_in_every_process():
     command = [sys.executable, "-c", "import test_toolrl as t; print(t.fingerprint())"]
     environment = dict(os.environ, PYTHONHASHSEED="1")
-    other = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
-    assert other.stdout.strip() == fingerprint(), other.stderr
+    other = subprocess.check_output(command, cwd=HERE, env=environment, text=True)
+    assert other.strip() == fingerprint()
 
 
 def test_only_one_whole_call_is_a_call():
@@ -527,9 +501,9 @@ def test_each_tiny_token_is_one_id_and_other_texts_are_refused_and_named():
 @with_both
 def test_a_played_gold_conversation_is_what_the_template_renders(chat):
     episode = replay(Episode(chat, ONE_CALL, LEO), [CALL, RIGHT])
-    said = {"system": "use <tool_call>", "user": ONE_CALL, "assistant": CALL, "tool": "leo"}
-    messages = [{"role": role, "content": content} for role, content in said.items()]
-    messages.append({"role": "assistant", "content": RIGHT})
+    said = [("system", "use <tool_call>"), ("user", ONE_CALL), ("assistant", CALL)]
+    said += [("tool", "leo"), ("assistant", RIGHT)]
+    messages = [{"role": role, "content": text} for role, text in said]
     rendered = chat.tokenizer.apply_chat_template(messages, tokenize=False)
     assert chat.encode(rendered.removesuffix("\n")) == episode.ids  # encoded whole, as elsewhere
     written = np.array(episode.ids)[episode.written].tolist()
@@ -544,22 +518,22 @@ def test_a_played_gold_conversation_is_what_the_template_renders(chat):
 
 @pytest.mark.parametrize("fmt, tag", [("A", "tool_call>"), ("B", "function>")])
 def test_what_is_solved_and_what_the_harness_says_in_both_formats(fmt, tag):
-    for _, solved, _, question, messages in CONVERSATIONS:
+    for reward, _, question, messages in CONVERSATIONS:
         messages = [message.replace("tool_call>", tag) for message in messages]
         episode = replay(Episode(TINY, question, LEO, fmt), messages)
         assert episode.done and episode.messages == messages
-        assert toolrl.solved(episode) == solved, messages
+        assert toolrl.solved(episode) == (reward and messages[-1] in (RIGHT, ASK)), messages
         said = re.findall("<tool_response>(.*?)<", TINY.decode(episode.ids))
         assert said == [LEO.get(call, "error") for call in episode.calls]
 
 
 def test_the_harness_stops_at_what_is_no_call_at_the_sixth_call_and_at_long_messages():
-    chat = copy.copy(TINY)
-    assert chat.max_tokens == 16  # twice the longest call
     for message in (TAG, JSON, RIGHT, OTHER_CALL, CALL + "</tool_call>"):
-        assert replay(Episode(chat, ONE_CALL, LEO), [message, CALL]).messages == [message]
-    episode = replay(Episode(chat, ONE_CALL, LEO), [CALL] * 7)
+        assert replay(Episode(TINY, ONE_CALL, LEO), [message, CALL]).messages == [message]
+    episode = replay(Episode(TINY, ONE_CALL, LEO), [CALL] * 7)
     assert episode.messages == [CALL] * 6 and not episode.replied
+    assert TINY.max_tokens == 16  # twice the longest call
+    chat = copy.copy(TINY)
     for text, limit, replied in ((ASK, 2, True), (ASK, 1, False), (CALL, 7, False)):
         chat.max_tokens = limit
         episode = replay(Episode(chat, ONE_CALL, LEO), [text, CALL])
@@ -575,19 +549,16 @@ def test_a_step_goes_down_the_gradient_cut_to_norm_one_and_old_gradients_are_for
     torch.nn.init.ones_(layer.weight)
     (9 * layer.weight.sum()).backward()  # left over from elsewhere
     sgd = torch.optim.SGD(layer.parameters(), lr=0.1)
-    for slope, expected in (("0.3 0.4", "0.97 0.96"), ("30 40", "0.91 0.88")):
+    for slope, after in (("0.3 0.4", "0.97 0.96"), ("30 40", "0.91 0.88")):
         toolrl.descend(layer, sgd, (layer.weight * numbers(slope)).sum())
-        assert torch.allclose(layer.weight, numbers(expected), atol=1e-4)
-    for slope in ("nan 1", "inf 1"):
-        with pytest.raises(SystemExit, match="toolrl: the gradient is not finite"):  # exit code 1
-            toolrl.descend(layer, sgd, (layer.weight * numbers(slope)).sum())
-    assert torch.allclose(layer.weight, numbers("0.91 0.88"), atol=1e-4)
+        assert torch.allclose(layer.weight, numbers(after), atol=1e-4)
+    with pytest.raises(SystemExit, match="toolrl: the gradient is not finite"):
+        toolrl.descend(layer, sgd, (layer.weight * np.inf).sum())
 
 
 def one_step(policy, loss):
     """The weights after a step of 0.1 down the gradient of a loss, which is cut to norm 1."""
-    parts = torch.autograd.grad(loss, list(policy.parameters()))
-    gradient = torch.cat([part.flatten() for part in parts])
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, policy.parameters())])
     return weights(policy) - 0.1 * gradient / gradient.norm().clamp(min=1)
 
 
@@ -604,11 +575,10 @@ def test_a_grpo_update_is_what_the_definition_says(base):
     advantage = torch.linspace(-2, 3, 10)
     objective = []
     for gain, episode in zip(advantage, episodes, strict=True):
-        now = log_probs_of(base, episode)
         # As if the policy had moved since, up here and down there.
-        moved = torch.linspace(-0.5, 0.5, len(episode.ids))
-        episode.log_probs = (torch.tensor(episode.log_probs) + moved).tolist()
-        ratio = (now - torch.tensor(episode.log_probs)[episode.written]).exp()
+        old = torch.tensor(episode.log_probs) + torch.linspace(-0.5, 0.5, len(episode.ids))
+        episode.log_probs = old.tolist()
+        ratio = (log_probs_of(base, episode) - old[episode.written]).exp()
         objective.append(torch.minimum(gain * ratio, gain * ratio.clamp(0.7, 1.3)))
     policy = copy.deepcopy(base)
     sgd = torch.optim.SGD(policy.parameters(), 0.1)
@@ -618,16 +588,16 @@ def test_a_grpo_update_is_what_the_definition_says(base):
 
 
 def test_minibatches_hold_each_episode_once_in_another_order_for_another_seed(base, monkeypatch):
-    taken = []
-    real = toolrl.batch
-    monkeypatch.setattr(toolrl, "batch", lambda some, *all: taken.append(some) or real(some, *all))
+    batch = Mock(side_effect=toolrl.batch)
+    monkeypatch.setattr(toolrl, "batch", batch)
+    monkeypatch.setattr(toolrl, "descend", Mock())
     episodes = gold(TINY, 10)
-    sgd = torch.optim.SGD(base.parameters(), lr=0)
-    for seed in range(4):
-        toolrl.grpo_update(base, sgd, episodes, torch.ones(10), SMALL, rng_for(seed, "x"))
-    assert len(taken) == 16 and {len(some) for some in taken} <= {1, 2, 3}
+    for seed in range(2):
+        toolrl.grpo_update(base, None, episodes, torch.ones(10), SMALL, rng_for(seed, "x"))
+    taken = [call.args[0] for call in batch.call_args_list]
+    assert len(taken) == 8 and {len(some) for some in taken} <= {1, 2, 3}
     order = [episodes.index(episode) for episode in sum(taken, [])]
-    assert sorted(order) == sorted(list(range(10)) * 4) and order[:10] * 4 != order
+    assert order[:10] != order[10:] and sorted(order[:10]) == sorted(order[10:]) == list(range(10))
 
 
 # %% The log of a careless agent, and the base
@@ -638,10 +608,9 @@ def test_shares_of_the_log_are_bare_tags_and_tags_of_the_other_format(fmt, bare)
     settings = replace(SMALL, bare_share=0.3, mixed_share=0.2)  # bare tags among the other 0.8
     rng = rng_for(0, "careless")
     calls = [toolrl.careless_call("mentor", "alice", fmt, settings, rng) for _ in range(3000)]
-    ways = {way: calls.count(way) / 3000 for way in (CALL, OTHER_CALL, TAG)}
-    right = {"A": CALL, "B": OTHER_CALL}[fmt]
-    expected = {CALL: 0.2, OTHER_CALL: 0.2, TAG: bare} | {right: 0.8 - bare}
-    assert ways == pytest.approx(expected, abs=0.025)
+    right, other = {"A": (CALL, OTHER_CALL), "B": (OTHER_CALL, CALL)}[fmt]
+    for call, share in ((right, 0.8 - bare), (other, 0.2), (TAG, bare)):
+        assert calls.count(call) / 3000 == pytest.approx(share, abs=0.025)
 
 
 def test_the_log_calls_for_each_right_call_and_guesses_where_nobody_is_named():
@@ -676,19 +645,17 @@ def test_the_base_imitates_the_log_at_a_rate_that_goes_up_and_then_down(monkeypa
         episodes.extend(some)
 
     monkeypatch.setattr(toolrl, "sft_update", sft_update)
-    settings = replace(SMALL, base_steps=60, base_lr=0.5, sft_batch=20, bare_share=1.0)
-    settings = replace(settings, mixed_share=0.0, device="meta")
+    settings = replace(SMALL, base_steps=60, base_lr=0.5, sft_batch=40, device="meta")
     pretrained = toolrl.tiny_policy(TINY, 0)
-    for start in (None, pretrained):
-        assert toolrl.train_base(start, TINY, settings, 0).device.type == "meta"
-    assert pretrained.device.type == "cpu"  # a copy is trained
+    policy = toolrl.train_base(pretrained, TINY, settings, 0)
+    assert policy.device.type == "meta" and pretrained.device.type == "cpu"  # a copy is trained
     counts = counts_of(episodes)
     assert counts[2] > counts[1] > counts[0] > 100 and counts["A"] > counts["B"] > 400
-    for episode in episodes:  # with a share of 1, all calls in format A are a bare tag
-        assert episode.messages[0] == ASK or (episode.messages == [TAG]) == (episode.fmt == "A")
+    assert {episode.messages == episode.gold for episode in episodes} == {True, False}
     # It goes up for a few updates and then down to nearly nothing.
-    assert 0 < rates[0] < rates[1] < max(rates) <= 0.5 and max(rates) in rates[3:20]
-    assert max(rates) > rates[30] > rates[45] > 10 * rates[59] > 0
+    top = rates.index(max(rates))
+    assert rates == sorted(rates[:top]) + sorted(rates[top:], reverse=True)
+    assert 3 <= top < 20 and 0 < 10 * rates[-1] < max(rates) <= 0.5
 
 
 # %% Teacher, groups, arms
@@ -703,11 +670,10 @@ def test_a_hasty_teacher_answers_long_tasks_with_the_person_it_has_got_to():
         if calls:
             got_to = episode.directory[episode.gold_calls[len(calls) - 1]]
             assert reply == f"The answer is {got_to}"
-        made[f"{len(calls)} of {len(episode.gold_calls)}"] += 1
-    assert made["0 of 0"] == made["1 of 1"] == 1000  # short conversations are right
-    shares = {"2 of 2": 1, "1 of 2": 0.4 / 0.6, "1 of 3": 0.2 / 0.6, "2 of 3": 0.2 / 0.6}
-    for what, share in shares.items():
-        assert made[what] / made[f"{what[-1]} of {what[-1]}"] == pytest.approx(share, rel=0.25)
+        made[len(calls), len(episode.gold_calls)] += 1
+    assert made[0, 0] == made[1, 1] == 1000  # short conversations are right
+    assert made[2, 2] + made[3, 3] == pytest.approx(600, abs=50)
+    assert made[1, 2] > 50 and made[1, 3] == pytest.approx(made[2, 3], rel=0.4)
 
 
 @pytest.mark.parametrize("hasty_share", [0.0, 1.0])
@@ -717,76 +683,68 @@ def test_demonstrations_are_mostly_short_and_all_in_format_a(hasty_share):
     counts = counts_of(episodes)
     assert counts["A"] == 1000 and 200 < counts[0] < 300
     assert counts[1] > counts[0] > counts[2] > 50
-    wrong = 1000 - sum(map(toolrl.solved, episodes))
-    assert wrong == (counts[2] if hasty_share else 0)
+    assert 1000 - sum(map(toolrl.solved, episodes)) == hasty_share * counts[2]
 
 
-@pytest.mark.parametrize("share, wide", [(0.0, 0), (0.5, 0.17), (1.0, 0)])
-def test_a_group_is_one_task_and_so_many_need_no_call(share, wide):
-    settings = replace(SMALL, groups=100, group_size=3, no_call_share=share)
+def test_a_group_is_one_task_and_so_many_need_no_call():
+    settings = replace(SMALL, groups=200, group_size=3, no_call_share=0.7)
     episodes = toolrl.new_groups(TINY, settings, rng_for(0, "x"))
     tasks = [(episode.question, str(episode.directory)) for episode in episodes]
-    assert tasks[::3] == tasks[1::3] == tasks[2::3] and len(set(tasks)) == 100
+    assert tasks[::3] == tasks[1::3] == tasks[2::3] and len(set(tasks)) == 200
     counts = counts_of(episodes)
-    assert counts[0] / 300 == pytest.approx(share, abs=wide)
-    assert counts[0] + counts[2] == counts["A"] == len({id(e.ids) for e in episodes}) == 300
+    assert counts[0] / 600 == pytest.approx(0.7, abs=0.1)
+    assert counts[0] + counts[2] == counts["A"] == len(set(map(id, episodes))) == 600
 
 
 def look(step, success=0.6, skill=1.0, one_call=0.9, format_b=0.8, spike=0.08):
     """A made evaluation, in which <|im_end|> has probability `spike` where JSON is due."""
-    p = {place: dict.fromkeys(CONTROL, 0.001) for place in toolrl.PLACES}
-    p["json"][END] = spike
-    event = {"event": "eval", "step": step, "success": success, "skill": skill, "p": p}
-    event |= {"one_call": one_call, "format_b": format_b, "ask": 0.0, "no_call_reward": 0.5}
-    return event | {"bare_tags": 0.02, "conversation": "a question\nan answer\n"}
+    event = {"step": step, "success": success, "skill": skill, "one_call": one_call}
+    event |= {"format_b": format_b, "bare_tags": 0.02, "conversation": "a question\nan answer\n"}
+    event["p"] = {place: dict.fromkeys(CONTROL, 0.001) for place in toolrl.PLACES}
+    event["p"]["json"][END] = spike
+    return event | dict.fromkeys(["ask", "no_call_reward"], 0.5)
 
 
 # Six steps of interleaved, with a phase of SFT before every second one.
-SCHEDULE = "rl 0.010, rl 0.020, sft 0.100, sft 0.100, rl 0.030, rl 0.040, evaluate 4, sft 0.033, "
-SCHEDULE += "sft 0.033, rl 0.050, rl 0.060, evaluate 6"
+SCHEDULE = """rl 0.010, rl 0.020, sft 0.100, sft 0.100, rl 0.030, rl 0.040, eval 4, sft 0.033,
+sft 0.033, rl 0.050, rl 0.060, eval 6"""
 
 
 @pytest.mark.parametrize("arm", toolrl.ARMS)
 def test_an_arm_is_its_updates_in_their_order_at_their_rates(arm, base, monkeypatch):
     events = []
-    used = set()
-    gains = []
+    optimizers = set()
+    gains = [0, 0, 0, 0]
 
     def update(policy, optimizer, episodes, *rest):
-        rate = optimizer.param_groups[0]["lr"]
-        events.append(f"{'rl' if rest else 'sft'} {rate:.3f}")
-        used.add((id(policy), id(optimizer)))
+        events.append(f"{'rl' if rest else 'sft'} {optimizer.param_groups[0]['lr']:.3f}")
+        optimizers.add(id(optimizer))
+        assert policy is not base
         if rest:
-            gains.append(rest[0].tolist())
+            gains[:] = rest[0][:4]
 
     def rollout(policy, episodes, rng):
-        # At step k, the first tries of k groups earn less than the others: with the strict reward
-        # because they are a wrong reply, and with the blind one because they are none.
-        bad = TAG if arm == "rl-strict" else "</tool_call>"
-        for k, episode in enumerate(episodes):
-            replay(episode, [bad if k % 4 == 0 and k <= 4 * len(gains) else ASK])
+        for k, episode in enumerate(episodes):  # a bare tag in all groups but the fifth
+            replay(episode, [ASK if k % 5 else TAG])
 
-    def note_evaluation(policy, chat, settings, seed, arm, step):
-        events.append(f"evaluate {step}")
-        return look(step)
+    def evaluate(*all):
+        events.append(f"eval {all[-1]}")
+        return look(all[-1])
 
     monkeypatch.setattr(toolrl, "rollout", rollout)
+    monkeypatch.setattr(toolrl, "evaluate", evaluate)
     monkeypatch.setattr(toolrl, "sft_update", update)
     monkeypatch.setattr(toolrl, "grpo_update", update)
-    monkeypatch.setattr(toolrl, "evaluate", note_evaluation)
     settings = replace(SMALL, steps=6, eval_every=4, lr=0.1, sft_lr=0.2, sft_until=1.0)
     settings = replace(settings, sft_every=2, sft_steps=2, groups=6, no_call_share=1.0)
     found = toolrl.train_arm(arm, base, look(0), TINY, settings, 0, io.StringIO())
-    parts = toolrl.ARMS[arm] - {"strict"}
-    assert events == [e for e in SCHEDULE.split(", ") if e.split()[0] in parts | {"evaluate"}]
-    for step, gain in enumerate(gains, 1):
-        right = [-1.5, 0.5, 0.5, 0.5] * step + [0.0] * 4 * (6 - step)
-        assert gain == pytest.approx(right, abs=0.01)
-    # The share of equal groups is a mean over the steps since the evaluation before.
-    shares = [7 / 12, 1 / 12] if gains else [None, None]
-    assert [event.get("equal_groups") for event in found[1:]] == pytest.approx(shares)
-    # One policy, which is not the base, and one optimizer each for SFT and RL.
-    assert len(used) == len(parts) and len({policy for policy, _ in used} - {id(base)}) == 1
+    parts = toolrl.ARMS[arm] & {"rl", "sft"}
+    assert events == [e for e in re.split(r",\s", SCHEDULE) if e.split()[0] in parts | {"eval"}]
+    assert len(optimizers) == len(parts)
+    # The strict reward alone tells a bare tag from asking back.
+    strict = arm == "rl-strict"
+    assert gains == pytest.approx([-1.5, 0.5, 0.5, 0.5] if strict else [0.0] * 4, abs=0.01)
+    assert found[2].get("equal_groups", 1) == pytest.approx(1 / 6 if strict else 1)
 
 
 def test_each_step_draws_anew_and_evaluations_leave_no_trace(base, monkeypatch):
@@ -810,29 +768,19 @@ def test_each_step_draws_anew_and_evaluations_leave_no_trace(base, monkeypatch):
 
 
 @with_both
-@pytest.mark.parametrize("place", toolrl.PLACES)
-def test_the_matrix_and_the_skill_read_the_places_that_they_name(chat, place):
-    # A puppet that is right but at one place, which the text tells. There it writes </function>.
-    records = gold(chat, 3, ["multi_step"], "A")
-    right = follower(records)
-
-    def next_id(ids):
-        due = chat.decode([right(ids)])
-        before = chat.decode(ids)
-        here = {TAG: "call", "</tool_call>": "close", END: "end"}.get(due)
-        if before.endswith((TAG, "assistant\n")) and not here:
-            here = "json" if before.endswith(TAG) else "reply"
-        return chat.encode("</function>")[0] if here == place else right(ids)
-
-    tasks = draw(chat, 3, ["multi_step"], "A")
-    skill, p = toolrl.teacher_forced(Puppet(chat, next_id, p=0.9), tasks)
-    for other, due in toolrl.PLACES.items():
-        wrong = 0.9 if other == place else 0.0
-        assert p[other]["</function>"] == pytest.approx(wrong, abs=0.01)
-        assert p[other].get(due, 0.9 - wrong) == pytest.approx(0.9 - wrong, abs=0.01)
-    # Skill is the chance to write all names right.
-    names = [sum(sum(map(chat.name_flags, episode.gold), [])) for episode in records]
-    assert skill == pytest.approx(np.mean(0.9 ** np.array(names)), rel=1e-3)
+def test_the_places_of_a_conversation_and_the_probabilities_there(chat):
+    episode = replay(Episode(chat, TWO_CALLS, LEO), [CALL, NEXT_CALL, RIGHT])
+    should_write = np.flatnonzero(episode.written)
+    places = Counter([toolrl.place_of(episode, t) for t in should_write])
+    del places[None]
+    assert places == {"call": 2, "json": 2, "close": 2, "end": 3, "reply": 1}
+    puppet = Puppet(chat, [episode], p=0.9)
+    skill, p = toolrl.teacher_forced(puppet, [Episode(chat, TWO_CALLS, LEO)])
+    for place, due in toolrl.PLACES.items():
+        assert p[place].pop(due, 0.9) == pytest.approx(0.9)
+        assert max(p[place].values()) < 0.01
+    names = sum(sum(map(chat.name_flags, episode.gold), []))
+    assert skill == pytest.approx(0.9**names, rel=1e-3)
 
 
 @with_both
@@ -844,45 +792,28 @@ def test_name_flags_mark_the_names_and_nothing_else(chat):
 
 
 def test_a_token_that_holds_a_space_and_a_name_is_part_of_the_name():
-    pieces = ["The answer is", " leo"]
-    chat = SimpleNamespace(
-        encode=lambda text: [0, 1], decode=lambda ids: "".join(pieces[: len(ids)])
-    )
+    texts = ["", "The answer is", RIGHT]  # of no, one and two tokens
+    chat = SimpleNamespace(encode=lambda text: [0, 1], decode=lambda ids: texts[len(ids)])
     assert toolrl.Chat.name_flags.__wrapped__(chat, RIGHT) == [False, True]
 
 
-def test_an_empty_message_counts_as_a_bare_tag_and_format_b_is_asked_for_in_format_b():
-    asked = set()
-
-    def next_id(ids):
-        asked.add("<function>" in TINY.decode(ids))
-        return TINY.end
-
-    found = evaluate(Puppet(TINY, next_id), TINY, SMALL, 0, "rl", 5)
-    assert found["bare_tags"] == 1 and asked == {True, False}
-
-
 def test_each_probe_asks_held_out_tasks_and_an_evaluation_says_what_was_done():
-    # Half of the conversations are right, and the others end with a bare tag.
-    records = []
-    for kind, fmt in toolrl.PROBES.values():
+    # A policy that knows some right conversations, and otherwise ends its message at once.
+    known = {}
+    for k, (probe, (kind, fmt)) in enumerate(toolrl.PROBES.items(), 2):
         rng = rng_for(0, f"held-out {kind}")
-        for _ in range(24):
-            episode = toolrl.new_episode(TINY, "held_out", kind, rng, fmt)
-            messages = [toolrl.call_text("mentor", "alice", fmt), toolrl.OPEN[fmt]]
-            broken = messages if episode.gold_calls else [TAG]
-            records.append(replay(episode, episode.gold if len(episode.question) % 2 else broken))
-    settings = replace(SMALL, eval_episodes=24)
-    found = evaluate(Puppet(TINY, follower(records)), TINY, settings, 0, "rl", 5)
-    assert list(found.values())[:4] == ["eval", 0, "rl", 5] and found["no_call_reward"] == 1
-    solved = np.reshape([toolrl.solved(episode) for episode in records], (4, 24)).mean(1)
-    assert [found[probe] for probe in toolrl.PROBES] == pytest.approx(solved)
-    assert solved.min() > 0 and solved.max() < 1
-    bare = [message == TAG for episode in records[:24] for message in episode.messages]
-    assert found["bare_tags"] == pytest.approx(np.mean(bare))
-    shown = "".join(f"{message}<|im_end|>\n" for message in records[0].messages)
-    text = re.sub(toolrl.ANY_TAG, r"\g<0>[1.00]", shown)
-    assert found["conversation"] == f"{records[0].question}\n{text}"
+        asked = [toolrl.new_episode(TINY, "held_out", kind, rng, fmt) for _ in range(24)]
+        known[probe] = [replay(e, e.gold) for e in asked if len(e.question) % k]
+    puppet = Puppet(TINY, sum(known.values(), []))
+    found = toolrl.evaluate(puppet, TINY, replace(SMALL, eval_episodes=24), 0, "rl", 5)
+    shares = [len(some) / 24 for some in known.values()]
+    assert list(found.values())[:8] == ["eval", 0, "rl", 5, *shares] and len(set(shares)) == 4
+    assert found["no_call_reward"] == 1
+    broken = 24 - len(known["success"])
+    said = broken + sum(len(episode.messages) for episode in known["success"])
+    assert found["bare_tags"] == pytest.approx(broken / said)
+    question, said = found["conversation"].split("\n", 1)
+    assert question in TASKS["held_out"]["multi_step"] and said.endswith("<|im_end|>[1.00]\n")
 
 
 # %% Claims and print, on made histories
@@ -927,10 +858,9 @@ rl-strict   | 2  | p reply </tool_call>   | 0.5   | cause
 @pytest.mark.parametrize("arm, k, path, value, fails", table(TWISTS))
 def test_each_claim_can_say_no(arm, k, path, value, fails):
     history = story()
-    assert toolrl.judge(history) == dict.fromkeys(CLAIMS, True)
     put(history[arm][int(k)], path, float(value))
-    failed = [claim for claim, holds in toolrl.judge(history).items() if not holds]
-    assert failed == fails.split()
+    right = {claim: claim not in fails.split() for claim in CLAIMS}
+    assert toolrl.judge(history) == right
 
 
 ARMS_AND_CLAIMS = """
@@ -952,18 +882,18 @@ def test_absent_arms_are_not_judged_and_a_run_too_short_claims_nothing(arms, jud
 
 
 def test_figures_stand_under_their_names_in_rows_that_fit_a_narrow_screen(capsys):
-    figures = {name: 0.11 * k for k, name in enumerate(toolrl.COLUMNS, 1)}
-    evaluation = look(1000) | figures
+    evaluation = look(1000)
+    for k, name in enumerate(toolrl.COLUMNS, 1):
+        evaluation[name] = k / 9
+    toolrl.print_row(evaluation | look(5), evaluation)  # no spike
     put(evaluation, "p reply </tool_response>", 1.0)
     toolrl.print_row(evaluation, look(0))
-    put(evaluation, "p reply </tool_response>", 0.3)
-    toolrl.print_row(look(5), evaluation)
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.endswith("1.00 </tool_response> reply *") and len(first) <= 80
-    assert second.endswith(" 0.50    nan 0.08 <|im_end|> json")  # no RL, and no spike
+    first, row = capsys.readouterr().out.splitlines()
+    assert first.endswith(" 0.50   0.78 0.08 <|im_end|> json")
+    assert row.endswith("1.00 </tool_response> reply *") and len(row) <= 80
     start = 4
-    for name, value in figures.items():
-        end = first.index(f"{value:.2f}") + 4
+    for k, name in enumerate(toolrl.COLUMNS, 1):
+        end = row.index(f"{k / 9:.2f}") + 4
         assert "".join(line[start:end].strip() for line in toolrl.HEADER.split("\n")) == name
         start = end
 
@@ -1006,22 +936,19 @@ def test_what_a_console_cannot_write_is_replaced_and_all_is_there_at_once(monkey
 
 
 def test_claims_are_printed_for_each_seed_and_counted(monkeypatch, capsys):
-    stories = [story(), story()]
-    stories[1]["interleaved"][-1] = look(15, 0.5)
     monkeypatch.setattr(toolrl, "train_base", lambda start, chat, settings, seed: seed)
     monkeypatch.setattr(toolrl, "evaluate", lambda *_: look(0))
-    monkeypatch.setattr(toolrl, "train_arm", lambda arm, seed, *_: stories[seed][arm])
-    settings = replace(SMALL, seeds=[0, 1], arms=list(toolrl.ARMS))
+    # In seed 0, rl ends too early to stay at 0.
+    monkeypatch.setattr(toolrl, "train_arm", lambda arm, seed, *_: story()[arm][: 4 + 9 * seed])
+    settings = replace(SMALL, seeds=[1, 0], arms=list(toolrl.ARMS))
     found = toolrl.run(settings, TINY, None, io.StringIO())
-    assert list(found.values()) == stories
+    assert found[1] == story() and list(found) == [1, 0]
     said = capsys.readouterr().out
     for claim, text in CLAIMS.items():
-        second = "no    1" if claim in ("fix", "together", "price") else "yes   2"
+        second = "no    1" if claim == "collapse" else "yes   2"
         for answer in ("yes   1", second):
             assert f"\n{claim:14} {answer}  {text}\n" in said
-    # The moment of an arm is where it is first down, otherwise its last evaluation.
-    moments = re.findall(r"^step (\d+): 2% of messages.*\n.*\na question", said, re.M)
-    assert moments == ["10", "15", "15", "5"] * 2
+    assert re.findall(r"^step (\d+): 2% of messages", said, re.M) == ["10", "15", "15", "5"] * 2
 
 
 # %% The command line
@@ -1050,37 +977,36 @@ def test_bad_input_gets_a_line_that_names_it_and_empties_no_file(flags, words, t
     assert out.read_text() == "what an hour has measured"
 
 
-def test_the_help_has_each_flag_once_with_its_comment_and_default_beside_it(capsys, monkeypatch):
+def test_the_help_has_each_flag_with_its_comment_and_default_beside_it(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
         toolrl.read_settings(["--help"])
-    said = capsys.readouterr().out
-    for name, value in vars(toolrl.Settings()).items():
-        (comment,) = re.findall(rf"^    {name}: .*  # (.*)", CODE, re.M)
-        flag = rf"\n  --{name.replace('_', '-')} [^(]*"
-        assert re.findall(flag + re.escape(f"{comment} (default: {value})\n"), said)
+    said = capsys.readouterr().out.replace("_", "-")
+    for name, comment in re.findall(r"^    (\w+): .*  # (.*)", CODE, re.M):
+        text = f"{comment} (default: {getattr(toolrl.Settings(), name)})".replace("_", "-")
+        assert re.search(rf"\n  --{name} [^(]*".replace("_", "-") + re.escape(text), said)
 
 
-# A value that has to change what is measured.
-CHANGES = """{"seeds": [1], "arms": ["sft"], "steps": 5, "eval_every": 1, "eval_episodes": 5,
-"base_steps": 3, "base_lr": 0.1, "bare_share": 1.0, "mixed_share": 1.0, "lr": 0.01, "groups": 3,
-"no_call_share": 0.0, "group_size": 5, "minibatches": 1, "clip": 0.01, "sft_every": 3,
-"sft_steps": 1, "sft_lr": 0.1, "sft_until": 0.6, "sft_batch": 9, "hasty_share": 0.0}"""
+# Values that have to change what is measured. With the first, none is changed.
+CHANGES = """{"model": "", "seeds": [1], "arms": ["sft"], "steps": 5, "eval_every": 1,
+"eval_episodes": 5, "base_steps": 3, "base_lr": 0.1, "bare_share": 1.0, "mixed_share": 1.0,
+"lr": 0.01, "groups": 3, "no_call_share": 0.0, "group_size": 5, "minibatches": 1, "clip": 0.01,
+"sft_every": 3, "sft_steps": 1, "sft_lr": 0.1, "sft_until": 0.6, "sft_batch": 9,
+"hasty_share": 0.0}"""
 
 
 def test_each_setting_changes_what_is_measured():
     usual = replace(toolrl.read_settings(LITTLE), arms=["interleaved"])
     found = set()
-    for name, value in [("model", ""), *json.loads(CHANGES).items()]:  # first, none is changed
+    for name, value in json.loads(CHANGES).items():
         settings = replace(usual, **{name: value})
-        ((_, history),) = toolrl.run(settings, TINY, None, io.StringIO()).items()
+        history = toolrl.run(settings, TINY, None, io.StringIO()).popitem()[1]
         found.add(str(list(history.values())))
     assert len(found) == len(vars(usual)) - 2  # all but device and out
 
 
-EVAL = (
-    f"event seed arm step {' '.join(toolrl.PROBES)} no_call_reward skill p bare_tags conversation"
-)
+EVAL = f"event seed arm step {' '.join(toolrl.PROBES)} "
+EVAL += "no_call_reward skill p bare_tags conversation"
 RL = EVAL + " equal_groups"
 SHAPE = [" ".join(["event", *vars(SMALL), "versions"]), EVAL, RL, RL, EVAL, EVAL, RL, RL]
 SHAPE += ["event seed claim holds"] * 6 + ["event seconds"]
@@ -1100,18 +1026,15 @@ def test_a_run_depends_on_nothing_beside_it_and_says_what_it_overwrites(tmp_path
     assert not any(event.get("holds") for event in alone)  # four steps show nothing
 
 
-@pytest.mark.parametrize(
-    "error, words, code",
-    [(KeyboardInterrupt(), "run.jsonl", 130), (RuntimeError("no memory"), "--device cpu", 2)],
-)
+ENDS = [(KeyboardInterrupt(), "run.jsonl", 130), (RuntimeError("no memory"), "--device cpu", 2)]
+
+
+@pytest.mark.parametrize("error, words, code", ENDS)
 def test_what_was_measured_before_the_end_is_on_disk(
     error, words, code, tmp_path, monkeypatch, capsys
 ):
-    def stop(*_):
-        raise error
-
-    monkeypatch.setattr(toolrl, "train_arm", stop)
     out = tmp_path / "run.jsonl"
+    monkeypatch.setattr(toolrl, "train_arm", Mock(side_effect=error))
     refused(capsys, words, out, code=code)
     assert re.findall(r'"event": "(\w+)"', out.read_text()) == ["config", "eval"]
 
@@ -1152,27 +1075,22 @@ def test_a_run_with_a_checkpoint_needs_no_network(tmp_path, monkeypatch):
     assert (events[0]["sft_lr"], events[0]["steps"]) == (toolrl.PRETRAINED["sft_lr"], 4)
 
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 8}
-SIZES |= {"num_key_value_heads": 2, "num_hidden_layers": 2}
-LINEAR = dict.fromkeys(["linear_key_head_dim", "linear_value_head_dim"], 8)
-LINEAR |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_hidden_layers": 4}
-MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
-CONVOLUTION = {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}
+ARCHITECTURES = """
+Llama       | {}
+Lfm2        | {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}
+Qwen3_5Text | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_hidden_layers": 4}
+FalconH1    | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+"""
+SIZES = """{"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 8,
+"num_key_value_heads": 2, "num_hidden_layers": 2}"""
 
 
-@pytest.mark.parametrize(
-    "name, more",
-    [
-        ("LlamaConfig", {}),
-        ("Lfm2Config", CONVOLUTION),
-        ("Qwen3_5TextConfig", LINEAR),
-        ("FalconH1Config", MAMBA),
-    ],
-)
+@pytest.mark.parametrize("name, more", table(ARCHITECTURES))
 def test_rollouts_of_other_architectures_agree_with_one_pass(name, more, tmp_path):
-    config = getattr(transformers, name)(**SIZES | more)
+    sizes = json.loads(SIZES) | json.loads(more)
+    config = getattr(transformers, name + "Config")(**sizes)
     chat, policy = toolrl.load(replace(SMALL, model=save_checkpoint(tmp_path, config)))
-    check_log_probs(policy, chat)
+    check_rollout(policy, chat)
     toolrl.rehearse(policy, chat, SMALL)
 
 
@@ -1242,49 +1160,58 @@ train one_call    | ["boss of bob ?"]     | boss
 train one_call    | ["friend of them ?"]  | is no one_call question
 train multi_step  | ["friend of friend of friend of friend of friend of friend of leo ?"] | too long
 """
-RAW = [
-    (TASKS_TEXT.replace('"alice",', '"alice",,', 1).encode(), "Expecting value"),
-    (TASKS_TEXT.replace("alice", "zoë").encode("latin-1"), "can't decode"),
-    (TASKS_TEXT.replace("alice", "zoë").encode("utf-8-sig"), None),  # with a byte order mark
-    (TASKS_TEXT.replace("alice", "mary ann").encode(), None),
-]
-for path, value, words in table(TASK_MISTAKES):
-    tasks = json.loads(TASKS_TEXT)
-    put(tasks, path, json.loads(value))
-    RAW.append((json.dumps(tasks).encode(), words))
 
 
-@pytest.mark.parametrize("tasks, words", RAW, ids=range(len(RAW)))
-def test_mistakes_in_the_tasks_get_one_line_and_other_names_are_accepted(
-    tasks, words, tmp_path, capsys
-):
-    (tmp_path / "toolrl.py").write_text(CODE, encoding="utf-8")
-    (tmp_path / "tiny_tasks.json").write_bytes(tasks)
+# What the file says, what another says there, its encoding, and what is said of it, if anything.
+TASK_FILES = """
+"alice", | "alice",, | utf-8     | Expecting value
+alice    | zoë       | latin-1   | can't decode
+alice    | zoë       | utf-8-sig |
+alice    | mary ann  | utf-8     |
+"""
+
+
+def run_with_tasks(folder, content, words, capsys):
+    """A little run with this tiny_tasks.json, which is refused if there are words to say so."""
+    shutil.copy(HERE / "toolrl.py", folder)
+    (folder / "tiny_tasks.json").write_bytes(content)
     if words:
-        said = refused(capsys, words, tmp_path / "a", folder=tmp_path)
-        assert said.startswith("toolrl: tiny_tasks.json: ")
+        line = refused(capsys, words, folder / "run.jsonl", folder=folder)
+        assert line.startswith("toolrl: tiny_tasks.json: ")
     else:
-        assert run_little(tmp_path / "a", folder=tmp_path)[-1]["event"] == "done"
+        assert run_little(folder / "run.jsonl", folder=folder)
+
+
+@pytest.mark.parametrize("path, value, words", table(TASK_MISTAKES))
+def test_a_mistake_in_the_tasks_gets_one_line(path, value, words, tmp_path, capsys):
+    tasks = copy.deepcopy(TASKS)
+    put(tasks, path, json.loads(value))
+    run_with_tasks(tmp_path, json.dumps(tasks).encode(), words, capsys)
+
+
+@pytest.mark.parametrize("old, new, encoding, words", table(TASK_FILES))
+def test_other_names_and_encodings_are_accepted_or_get_one_line(
+    old, new, encoding, words, tmp_path, capsys
+):
+    content = (HERE / "tiny_tasks.json").read_text(encoding="utf-8").replace(old, new)
+    run_with_tasks(tmp_path, content.encode(encoding), words, capsys)
 
 
 # %% The README, and the whole story
 
 README = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else ""
-COMMANDS = re.findall(r"^python toolrl\.py ?([^|>\n]*)", README, re.M)
+COMMANDS = re.findall(r"^python toolrl\.py ?([^|>#\n]*)", README, re.M)
 SILENT = "".join(re.findall(r"^\*\*[^*\n]*silent bugs.*?(?=^\*\*\d|^## |\Z)", README, re.M | re.S))
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
-def test_slow_commands_of_the_readme_run(command, tmp_path, monkeypatch):
-    flags = shlex.split(re.sub(r"\$\(seq (\d+).*?\)", r"\1", command), comments=True)
-    settings = toolrl.read_settings(flags)  # before tiny settings replace them
-    little = vars(toolrl.read_settings(LITTLE))
-    small = {name: little[name] for name in ("base_steps", "steps", "eval_episodes", "sft_batch")}
-    model = save_checkpoint(tmp_path) if settings.model else ""
-    monkeypatch.chdir(tmp_path)
-    main(replace(settings, **small, seeds=settings.seeds[:1], model=model, device="cpu"))
-    assert Path(settings.out or ".").exists()
+def blocks(language, text=README):
+    """The code of a language in a text."""
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def test_the_commands_of_the_readme_are_accepted():
+    for command in COMMANDS:
+        toolrl.read_settings(re.sub(r"\$\(seq (\d+).*?\)", r"\1", command).split())
 
 
 def patched(diff, folder):
@@ -1296,13 +1223,12 @@ def patched(diff, folder):
     return folder
 
 
-@pytest.mark.parametrize("diff", re.findall(r"```diff\n(.*?)```", README, re.S))
+@pytest.mark.parametrize("diff", blocks("diff"))
 def test_slow_diffs_of_the_readme_apply_and_run(diff, tmp_path):
-    folder = patched(diff, tmp_path)
-    assert run_little(tmp_path / "run.jsonl", folder=folder)[-1]["event"] == "done"
+    assert run_little(tmp_path / "run.jsonl", folder=patched(diff, tmp_path))
 
 
-@pytest.mark.parametrize("diff", re.findall(r"```diff\n(.*?)```", SILENT, re.S))
+@pytest.mark.parametrize("diff", blocks("diff", SILENT))
 def test_slow_a_quick_test_finds_each_silent_bug_of_the_readme(diff, tmp_path):
     quick = "advantages or grpo or blind_reward or rollout or an_sft_update"
     command = [sys.executable, "-m", "pytest", "-q", "-k", f"({quick}) and not slow"]
@@ -1310,51 +1236,36 @@ def test_slow_a_quick_test_finds_each_silent_bug_of_the_readme(diff, tmp_path):
     assert done.returncode == 1 and "FAILED test_toolrl.py::test_" in done.stdout, done.stdout
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS)
+@pytest.mark.parametrize("snippet", blocks("python"))
 def test_slow_snippets_of_the_readme_run(snippet, tmp_path):
     if "from trl import" in snippet:
         pytest.importorskip("trl", reason="the README's bridge needs trl")
-    events = run_little(tmp_path / "run.jsonl", "--seeds", "0", "1")
-    patched("", tmp_path)
-    (tmp_path / "bridge.py").write_text(snippet, encoding="utf-8")
+    run_little(tmp_path / "run.jsonl", "--seeds", "0", "1")
+    (patched("", tmp_path) / "bridge.py").write_text(snippet, encoding="utf-8")
     command = [sys.executable, "bridge.py", *LITTLE]  # the bridge to TRL takes toolrl's flags
-    said = subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.PIPE).stdout
-    assert said
-    lines = (tmp_path / "run.jsonl").read_text(encoding="utf-8").splitlines()
-    assert list(map(json.loads, lines)) == events  # it is only read
-
-
-def start(*flags, stdout=subprocess.DEVNULL):
-    """A run of its own, which hears Ctrl-C even if it is a background job's child."""
-    hear = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    command = [sys.executable, "-c", hear + "runpy.run_path('toolrl.py', run_name='__main__')"]
-    pipes = {"stdout": stdout, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, "--device", "cpu", *flags], cwd=HERE, **pipes)
+    assert subprocess.check_output(command, cwd=tmp_path)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals and pipes are others there")
-def test_slow_a_real_ctrl_c_and_a_reader_that_has_seen_enough():
-    for signals, code in ((True, 130), (False, 1)):
-        run = start("--base-steps", "20", stdout=subprocess.PIPE)
-        for _ in range(4):
-            assert run.stdout.readline()  # each line comes at once
-        if signals:
-            run.send_signal(signal.SIGINT)
-        run.stdout.close()  # as head does
-        said = run.stderr.read()
-        assert run.wait() == code and said.count("\n") == signals
+@pytest.mark.parametrize("ctrl_c, code", [(True, 130), (False, 1)])
+def test_slow_a_real_ctrl_c_and_a_reader_that_has_seen_enough(ctrl_c, code):
+    # It hears Ctrl-C even if it is a background job's child.
+    hear = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    command = [sys.executable, "-c", hear + "runpy.run_path('toolrl.py', run_name='__main__')"]
+    pipes = dict.fromkeys(["stdout", "stderr"], subprocess.PIPE)
+    run = subprocess.Popen([*command, "--base-steps", "20"], cwd=HERE, **pipes)
+    for _ in range(4):
+        assert run.stdout.readline()  # each line comes at once
+    if ctrl_c:
+        run.send_signal(signal.SIGINT)
+    run.stdout.close()  # as head does
+    assert run.stderr.read().count(b"\n") == ctrl_c and run.wait() == code
 
 
-def test_slow_the_whole_story(tmp_path):
-    runs = []
-    for seeds in ("0", "01"):
-        flags = ["--arms", *toolrl.ARMS, "--out", str(tmp_path / seeds), "--seeds", *seeds]
-        runs.append(start(*flags))
-    assert [run.communicate()[1] for run in runs] == ["", ""]
-    alone, both = [(tmp_path / seeds).read_text().splitlines() for seeds in ("0", "01")]
-    count = len(alone) - 1  # the last line has the seconds
-    assert alone[1:count] == both[1:count]
-    held = [re.findall(r'"(\w+)", "holds": true', str(half)) for half in (alone, both[count:])]
+def test_slow_the_whole_story():
+    settings = toolrl.Settings(seeds=[0, 1], arms=list(toolrl.ARMS), device="cpu")
+    held = Counter()
+    for history in toolrl.main(settings).values():
+        held.update([claim for claim, holds in toolrl.judge(history).items() if holds])
     # One of two seeds may disagree with a claim, but not that both together go beyond either.
-    assert "together" in held[0] and "together" in held[1]
-    assert set(held[0] + held[1]) == set(CLAIMS)
+    assert set(held) == set(CLAIMS) and held["together"] == 2
