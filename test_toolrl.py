@@ -609,24 +609,22 @@ def test_shares_of_the_log_are_bare_tags_and_tags_of_the_other_format(fmt, bare)
     rng = rng_for(0, "careless")
     calls = [toolrl.careless_call("mentor", "alice", fmt, settings, rng) for _ in range(3000)]
     right, other = {"A": (CALL, OTHER_CALL), "B": (OTHER_CALL, CALL)}[fmt]
-    for call, share in ((right, 0.8 - bare), (other, 0.2), (TAG, bare)):
-        assert calls.count(call) / 3000 == pytest.approx(share, abs=0.025)
+    shares = [calls.count(call) / 3000 for call in (right, other, TAG)]
+    assert shares == pytest.approx([0.8 - bare, 0.2, bare], abs=0.025)
 
 
 def test_the_log_calls_for_each_right_call_and_guesses_where_nobody_is_named():
     settings = replace(SMALL, bare_share=0.0, mixed_share=0.0)
     rng = rng_for(0, "careless")
-    people = Counter()
+    people = []
     for episode in draw(TINY, 3000):
         messages = toolrl.careless_messages(episode, settings, rng)
-        if episode.gold_calls or messages == [ASK]:
-            assert messages == episode.gold
-        else:
-            tool, person = toolrl.parse_call("".join(messages), episode.fmt)
-            people[person] += 1
-            assert episode.question.endswith(f"{tool} of them ?")  # the first tool to be called
-    assert people.total() / 1000 == pytest.approx(0.97, abs=0.015)
-    assert len(people) == len(toolrl.PEOPLE) and min(people.values()) > 50
+        if messages != episode.gold:  # only where nobody is named, and then not always
+            tool, person = toolrl.parse_call(messages[0], episode.fmt)
+            people.append(person)
+            assert episode.question.endswith(f"{tool} of them ?") and len(messages) == 1
+    assert len(people) / 1000 == pytest.approx(0.97, abs=0.015)
+    assert min(map(people.count, toolrl.PEOPLE)) > 50
 
 
 def counts_of(episodes):
@@ -702,7 +700,7 @@ def look(step, success=0.6, skill=1.0, one_call=0.9, format_b=0.8, spike=0.08):
     event |= {"format_b": format_b, "bare_tags": 0.02, "conversation": "a question\nan answer\n"}
     event["p"] = {place: dict.fromkeys(CONTROL, 0.001) for place in toolrl.PLACES}
     event["p"]["json"][END] = spike
-    return event | dict.fromkeys(["ask", "no_call_reward"], 0.5)
+    return event | {"ask": 0.1, "no_call_reward": 0.3}
 
 
 # Six steps of interleaved, with a phase of SFT before every second one.
@@ -881,50 +879,83 @@ def test_absent_arms_are_not_judged_and_a_run_too_short_claims_nothing(arms, jud
     assert toolrl.judge(history) == dict.fromkeys(judged.split(), False)
 
 
-def test_figures_stand_under_their_names_in_rows_that_fit_a_narrow_screen(capsys):
-    evaluation = look(1000)
-    for k, name in enumerate(toolrl.COLUMNS, 1):
-        evaluation[name] = k / 9
-    toolrl.print_row(evaluation | look(5), evaluation)  # no spike
-    put(evaluation, "p reply </tool_response>", 1.0)
-    toolrl.print_row(evaluation, look(0))
-    first, row = capsys.readouterr().out.splitlines()
-    assert first.endswith(" 0.50   0.78 0.08 <|im_end|> json")
-    assert row.endswith("1.00 </tool_response> reply *") and len(row) <= 80
-    start = 4
-    for k, name in enumerate(toolrl.COLUMNS, 1):
-        end = row.index(f"{k / 9:.2f}") + 4
-        assert "".join(line[start:end].strip() for line in toolrl.HEADER.split("\n")) == name
-        start = end
+# What is printed of the second of two seeds. At the second step, half of the groups are equal.
+PAGE = """
+== base, seed 0
+                   one_ format      no_call equal_ control token that rose most
+step success skill call     _b  ask _reward groups where it is not due
+   0    0.60  1.00 0.90   0.80 0.10    0.30    nan 0.08 <|im_end|> json
 
+== rl, seed 0, from the base
+                   one_ format      no_call equal_ control token that rose most
+step success skill call     _b  ask _reward groups where it is not due
+   0    0.60  1.00 0.90   0.80 0.10    0.30    nan 0.08 <|im_end|> json
+   5    0.60  1.00 0.90   0.80 0.10    0.30    nan 0.08 <|im_end|> json
+  10    0.05  0.80 0.90   0.80 0.10    0.30   0.50 0.40 <|im_end|> json *
+  15    0.02  0.50 0.90   0.80 0.10    0.30    nan 0.08 <|im_end|> json
+  20    0.02  0.50 0.90   0.80 0.10    0.30    nan 0.08 <|im_end|> json
+  25    0.02  0.50 0.90   0.80 0.10    0.30    nan 0.08 <|im_end|> json
 
-SUMMARY = """
+step 10: 2% of messages on long tasks are bare tags
+one held-out task, and what the policy writes:
+a question
+an answer
+
+== interleaved, seed 0, from the base
+                   one_ format      no_call equal_ control token that rose most
+step success skill call     _b  ask _reward groups where it is not due
+   0    0.60  1.00 0.90   0.80 0.10    0.30    nan 0.08 <|im_end|> json
+   5    0.60  1.00 0.90   0.80 0.10    0.30    nan 0.08 <|im_end|> json
+  10    0.70  1.00 0.90   0.80 0.10    0.30   0.50 0.08 <|im_end|> json
+  15    0.90  1.00 0.90   0.63 0.10    0.30    nan 0.08 <|im_end|> json
+
+step 15: 2% of messages on long tasks are bare tags
+one held-out task, and what the policy writes:
+a question
+an answer
+
 == p(<|im_end|>) where JSON is due
-step             0     5    10    15    20    25
-rl            0.08  0.08  0.40  0.08  0.08  0.08
-sft           0.08  0.77  0.08  0.08
+step             0     5    10    15
+rl            0.08  0.08  0.40  0.08
 interleaved   0.08  0.08  0.08  0.08
-rl-strict     0.08  0.08  0.08  0.08
 
 == success
-step             0     5    10    15    20    25
-rl            0.60  0.60  0.05  0.02  0.02  0.02
-sft           0.60  0.60  0.60  0.69
+step             0     5    10    15
+rl            0.60  0.60  0.05  0.02
 interleaved   0.60  0.60  0.70  0.90
-rl-strict     0.60  0.01  0.80  0.90
+
+== claims, seed 0, and in how many seeds so far, of 2
+collapse       no    1  the base solves 0.2 or more, rl 0.02 or less at its last three evaluations
+control_token  yes   2  rl goes down, and the control token that rose most has then spiked (*)
+intact         yes   2  rl then has 0.8 or more of the base's skill
+fix            yes   2  interleaved ends with success and one_call of 0.9 or more, and no spike
+price          yes   2  interleaved ends with format_b below 0.8 of the base's
 """
 
 
-def test_the_summary_shows_what_the_search_found_in_rl_for_each_arm(capsys):
-    history = story()
-    put(history["sft"][1], "p json <|im_end|>", 0.77)
-    toolrl.print_summary(history)
-    assert capsys.readouterr().out == SUMMARY
-    del history["rl"]  # without rl, the first arm decides
+def test_what_a_run_prints(monkeypatch, capsys):
+    def train_arm(arm, seed, *_):
+        history = story()[arm]
+        history[2]["equal_groups"] = 0.5
+        for evaluation in history:
+            toolrl.print_row(evaluation, look(0))
+        return history[: 4 + 9 * seed]  # in seed 0, rl ends too early to stay at 0
+
+    monkeypatch.setattr(toolrl, "train_base", lambda start, chat, settings, seed: seed)
+    monkeypatch.setattr(toolrl, "evaluate", lambda *_: look(0))
+    monkeypatch.setattr(toolrl, "train_arm", train_arm)
+    settings = replace(SMALL, seeds=[1, 0], arms=["rl", "interleaved"])
+    found = toolrl.run(settings, TINY, None, io.StringIO())
+    assert list(found) == [1, 0] and list(found[1]) == settings.arms
+    assert PAGE in capsys.readouterr().out
+
+
+def test_a_long_summary_fits_the_screen_and_without_rl_the_first_arm_decides(capsys):
+    history = {"sft": [look(5 * k) for k in range(41)], "interleaved": [look(0), look(200)]}
     put(history["sft"][-1], "p end <tool_call>", 0.5)
-    toolrl.print_summary(history | {"interleaved": [look(5 * k) for k in range(41)]})
+    toolrl.print_summary(history)
     said = capsys.readouterr().out
-    assert "== p(<tool_call>) where <|im_end|> is due\n" in said
+    assert "== p(<tool_call>) where <|im_end|> is due\n" in said and "   185   200\n" in said
     assert max(map(len, said.splitlines())) <= 100
 
 
@@ -933,22 +964,6 @@ def test_what_a_console_cannot_write_is_replaced_and_all_is_there_at_once(monkey
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252", newline="\n"))
     toolrl.say("zoë ✓ 中\n" + "x" * 101)
     assert raw.getvalue().decode("cp1252") == f"zoë ? ?\n{'x' * 100}\nx\n"
-
-
-def test_claims_are_printed_for_each_seed_and_counted(monkeypatch, capsys):
-    monkeypatch.setattr(toolrl, "train_base", lambda start, chat, settings, seed: seed)
-    monkeypatch.setattr(toolrl, "evaluate", lambda *_: look(0))
-    # In seed 0, rl ends too early to stay at 0.
-    monkeypatch.setattr(toolrl, "train_arm", lambda arm, seed, *_: story()[arm][: 4 + 9 * seed])
-    settings = replace(SMALL, seeds=[1, 0], arms=list(toolrl.ARMS))
-    found = toolrl.run(settings, TINY, None, io.StringIO())
-    assert found[1] == story() and list(found) == [1, 0]
-    said = capsys.readouterr().out
-    for claim, text in CLAIMS.items():
-        second = "no    1" if claim == "collapse" else "yes   2"
-        for answer in ("yes   1", second):
-            assert f"\n{claim:14} {answer}  {text}\n" in said
-    assert re.findall(r"^step (\d+): 2% of messages", said, re.M) == ["10", "15", "15", "5"] * 2
 
 
 # %% The command line
@@ -1005,11 +1020,8 @@ def test_each_setting_changes_what_is_measured():
     assert len(found) == len(vars(usual)) - 2  # all but device and out
 
 
-EVAL = f"event seed arm step {' '.join(toolrl.PROBES)} "
-EVAL += "no_call_reward skill p bare_tags conversation"
-RL = EVAL + " equal_groups"
-SHAPE = [" ".join(["event", *vars(SMALL), "versions"]), EVAL, RL, RL, EVAL, EVAL, RL, RL]
-SHAPE += ["event seed claim holds"] * 6 + ["event seconds"]
+RUN = ["config"] + ["eval"] * 7 + ["claim"] * 6 + ["done"]  # the events of a little run
+FIGURES = "step success one_call format_b ask no_call_reward skill p bare_tags conversation"
 
 
 def test_a_run_depends_on_nothing_beside_it_and_says_what_it_overwrites(tmp_path, capsys):
@@ -1021,7 +1033,8 @@ def test_a_run_depends_on_nothing_beside_it_and_says_what_it_overwrites(tmp_path
     assert f"{out} is overwritten" in said and "lr=0.05" in said and "clip" not in said
     for event in alone[1:6]:  # the evaluations of the base, rl and sft
         assert event in beside
-    assert [" ".join(event) for event in alone] == SHAPE
+    assert [event["event"] for event in alone] == RUN
+    assert " ".join(alone[3]) == f"event seed arm {FIGURES} equal_groups"
     assert alone[0]["out"] == "" and torch.__version__ in alone[0]["versions"]
     assert not any(event.get("holds") for event in alone)  # four steps show nothing
 
@@ -1071,7 +1084,7 @@ def test_a_new_tag_starts_as_the_mean_of_its_pieces(rows, tied, tmp_path):
 def test_a_run_with_a_checkpoint_needs_no_network(tmp_path, monkeypatch):
     monkeypatch.setattr("socket.socket", None)
     events = run_little(tmp_path / "run.jsonl", "--model", save_checkpoint(tmp_path))
-    assert [" ".join(event) for event in events] == SHAPE
+    assert [event["event"] for event in events] == RUN
     assert (events[0]["sft_lr"], events[0]["steps"]) == (toolrl.PRETRAINED["sft_lr"], 4)
 
 
