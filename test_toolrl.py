@@ -30,7 +30,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 import toolrl
 from toolrl import CLAIMS, CONTROL, END, TASKS, Episode, replay, rng_for
@@ -297,7 +297,7 @@ class Puppet:
 
     def next_id(self, ids):
         for record in self.records:
-            if record.ids[: len(ids)] == ids and len(record.ids) > len(ids):
+            if record.ids[: len(ids)] == ids != record.ids:
                 return record.ids[len(ids)]
         return self.chat.end
 
@@ -383,17 +383,14 @@ OTHER_CALL = CALL.replace("tool_call>", "function>")  # the same call in format 
 
 def bpe_tokenizer():
     """A tokenizer like those of real models: it knows no tag, and pads with <|im_end|>."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=290, special_tokens=["<|im_start|>", END])
-    trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(['{"name": "", "arguments": {"of": ""}} user system tool'], trainer)
+    text = '{"name": "", "arguments": {"of": ""}} user system tool leo leo leo'  # " leo" is a token
+    core = ByteLevelBPETokenizer()
+    core.train_from_iterator([text], 290, 0, special_tokens=["<|im_start|>", END])
+    core = Tokenizer.from_str(core.to_str())
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token=END)
     # Where there is no system prompt, its template puts in one of its own.
-    default = "<|im_start|>system\nYou are kind<|im_end|>\n{% endif %}"
-    tokenizer.chat_template = "{% if messages[0].role != 'system' %}" + default
-    tokenizer.chat_template += TINY.tokenizer.chat_template
+    own = "{% if messages[0].role != 'system' %}<|im_start|>system\nkind<|im_end|>\n{% endif %}"
+    tokenizer.chat_template = own + TINY.tokenizer.chat_template
     return tokenizer
 
 
@@ -423,15 +420,6 @@ def weights(policy):
     return torch.nn.utils.parameters_to_vector(policy.parameters()).detach().clone()
 
 
-def put(thing, path, value):
-    """Set what lies at a path, such as "train no_call", in dicts in dicts."""
-    first, _, rest = path.partition(" ")
-    if rest:
-        put(thing[first], rest, value)
-    else:
-        thing[first] = value
-
-
 LITTLE = shlex.split("""--device cpu --base-steps 2 --steps 4 --eval-every 2 --eval-episodes 4
 --groups 2 --group-size 4 --minibatches 2 --lr 0.05 --sft-batch 16""")
 
@@ -455,38 +443,21 @@ def refused(capsys, words, *run, code=2, folder=None):
 # %% Tasks, text and tokens
 
 
-def test_a_question_is_walked_from_the_person_outwards_and_nobody_is_asked_for():
-    directory = LEO | {("mentor", "alice"): "bob"}
-    calls = [("mentor", "alice"), ("rival", "bob")]
-    assert toolrl.right_answer(TWO_CALLS, directory) == (calls, RIGHT)
-    assert toolrl.right_answer("rival of mentor of them ?", directory) == ([], ASK)
-
-
-def fingerprint():
-    """What has to be the same in every process, and differ from draw to draw."""
+def test_what_is_drawn_depends_on_its_stream_and_first_weights_on_the_seed_alone():
     draws = [rng_for(*stream).random() for stream in [(7, "x", 2), (8, "x", 1), (7, "y", 2)]]
+    assert draws == pytest.approx([0.912794, 0.082939, 0.740223], abs=1e-5)
     people = list(toolrl.new_directory(rng_for(3, "x")).values())
-    assert len(set(draws)) == 3 and len(set(people[:9])) > 3 < len(
-        set(people[:: len(toolrl.PEOPLE)])
-    )
-    first = weights(toolrl.tiny_policy(TINY, 3))[:2000:100].tolist()
-    return json.dumps([TINY.tokenizer.get_vocab(), people, draws, first], sort_keys=True)
-
-
-def test_tokens_tasks_and_first_weights_are_the_same_in_every_process():
-    command = [sys.executable, "-c", "import test_toolrl as t; print(t.fingerprint())"]
-    environment = dict(os.environ, PYTHONHASHSEED="1")
-    other = subprocess.check_output(command, cwd=HERE, env=environment, text=True)
-    assert other.strip() == fingerprint()
+    assert min(len(set(people[:9])), len(set(people[:: len(toolrl.PEOPLE)]))) > 3
+    assert TINY.encode("".join(CONTROL)) == list(range(1, 9))  # not in the order of a set
+    first, again = [weights(toolrl.tiny_policy(TINY, 3)) for _ in range(2)]
+    assert torch.equal(first, again)
 
 
 def test_only_one_whole_call_is_a_call():
     long = CALL.replace("}}", ', "if": "ill"}}')
     for message in ["", JSON, CALL + " ", "I call " + CALL, CALL + CALL, OTHER_CALL, long]:
         assert toolrl.parse_call(message, "A") is None, message
-    for name in ("alice", "zoë x"):
-        assert toolrl.parse_call(CALL.replace("alice", name), "A") == ("mentor", name)
-        assert toolrl.call_text("mentor", name, "B") == OTHER_CALL.replace("alice", name)
+    assert toolrl.parse_call(CALL.replace("alice", "zoë x"), "A") == ("mentor", "zoë x")
 
 
 def test_each_tiny_token_is_one_id_and_other_texts_are_refused_and_named():
@@ -500,17 +471,16 @@ def test_each_tiny_token_is_one_id_and_other_texts_are_refused_and_named():
 
 @with_both
 def test_a_played_gold_conversation_is_what_the_template_renders(chat):
-    episode = replay(Episode(chat, ONE_CALL, LEO), [CALL, RIGHT])
-    said = [("system", "use <tool_call>"), ("user", ONE_CALL), ("assistant", CALL)]
-    said += [("tool", "leo"), ("assistant", RIGHT)]
-    messages = [{"role": role, "content": text} for role, text in said]
-    rendered = chat.tokenizer.apply_chat_template(messages, tokenize=False)
-    assert chat.encode(rendered.removesuffix("\n")) == episode.ids  # encoded whole, as elsewhere
+    # The conversation of the docstring, without its margin.
+    text = re.sub(r"^ {4}[ >] ", "", toolrl.__doc__.split("\n\n")[3], flags=re.M)
+    episode = Episode(chat, ONE_CALL, LEO | {("mentor", "alice"): "bob"})
+    replay(episode, episode.gold)
+    assert chat.encode(text) == episode.ids  # encoded whole, as elsewhere
     written = np.array(episode.ids)[episode.written].tolist()
-    assert chat.decode(written) == CALL + END + RIGHT + END
+    assert chat.decode(written) == CALL + END + WRONG + END
     # The next conversation about the same question starts afresh, and asks for format B in B.
     assert Episode(chat, ONE_CALL, LEO).ids == episode.ids[: episode.written.index(True)]
-    assert chat.decode(chat.prompt(ONE_CALL, "B")) in rendered.replace(TAG, "<function>")
+    assert chat.decode(chat.prompt(ONE_CALL, "B")) in text.replace(TAG, "<function>")
 
 
 # %% The harness
@@ -527,9 +497,7 @@ def test_what_is_solved_and_what_the_harness_says_in_both_formats(fmt, tag):
         assert said == [LEO.get(call, "error") for call in episode.calls]
 
 
-def test_the_harness_stops_at_what_is_no_call_at_the_sixth_call_and_at_long_messages():
-    for message in (TAG, JSON, RIGHT, OTHER_CALL, CALL + "</tool_call>"):
-        assert replay(Episode(TINY, ONE_CALL, LEO), [message, CALL]).messages == [message]
+def test_the_harness_stops_at_the_sixth_call_and_at_long_messages():
     episode = replay(Episode(TINY, ONE_CALL, LEO), [CALL] * 7)
     assert episode.messages == [CALL] * 6 and not episode.replied
     assert TINY.max_tokens == 16  # twice the longest call
@@ -546,12 +514,11 @@ def test_the_harness_stops_at_what_is_no_call_at_the_sixth_call_and_at_long_mess
 
 def test_a_step_goes_down_the_gradient_cut_to_norm_one_and_old_gradients_are_forgotten():
     layer = torch.nn.Linear(2, 1, bias=False)
-    torch.nn.init.ones_(layer.weight)
-    (9 * layer.weight.sum()).backward()  # left over from elsewhere
-    sgd = torch.optim.SGD(layer.parameters(), lr=0.1)
-    for slope, after in (("0.3 0.4", "0.97 0.96"), ("30 40", "0.91 0.88")):
-        toolrl.descend(layer, sgd, (layer.weight * numbers(slope)).sum())
-        assert torch.allclose(layer.weight, numbers(after), atol=1e-4)
+    sgd = torch.optim.SGD(layer.parameters(), lr=1.0)
+    due = layer.weight.detach() - numbers("0.6 0.8")
+    layer.weight.grad = numbers("9 9")  # left over from elsewhere
+    toolrl.descend(layer, sgd, (layer.weight * numbers("30 40")).sum())
+    assert torch.allclose(layer.weight, due, atol=1e-4)
     with pytest.raises(SystemExit, match="toolrl: the gradient is not finite"):
         toolrl.descend(layer, sgd, (layer.weight * np.inf).sum())
 
@@ -588,43 +555,40 @@ def test_a_grpo_update_is_what_the_definition_says(base):
 
 
 def test_minibatches_hold_each_episode_once_in_another_order_for_another_seed(base, monkeypatch):
-    batch = Mock(side_effect=toolrl.batch)
-    monkeypatch.setattr(toolrl, "batch", batch)
+    taken = []  # an advantage tells whose it is
+    monkeypatch.setattr(toolrl, "grpo_loss", lambda *all: taken.append(all[2].tolist()))
     monkeypatch.setattr(toolrl, "descend", Mock())
     episodes = gold(TINY, 10)
     for seed in range(2):
-        toolrl.grpo_update(base, None, episodes, torch.ones(10), SMALL, rng_for(seed, "x"))
-    taken = [call.args[0] for call in batch.call_args_list]
-    assert len(taken) == 8 and {len(some) for some in taken} <= {1, 2, 3}
-    order = [episodes.index(episode) for episode in sum(taken, [])]
-    assert order[:10] != order[10:] and sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+        toolrl.grpo_update(base, None, episodes, torch.arange(10), SMALL, rng_for(seed, "x"))
+    assert list(map(len, taken)) == [3, 3, 3, 1] * 2
+    first, second = sum(taken[:4], []), sum(taken[4:], [])
+    assert first != second and sorted(first) == sorted(second) == list(range(10))
 
 
 # %% The log of a careless agent, and the base
 
 
-@pytest.mark.parametrize("fmt, bare", [("A", 0.24), ("B", 0.0)])
-def test_shares_of_the_log_are_bare_tags_and_tags_of_the_other_format(fmt, bare):
+@pytest.mark.parametrize("fmt, shares", [("A", [0.56, 0.2, 0.24]), ("B", [0.2, 0.8, 0])])
+def test_shares_of_the_log_are_bare_tags_and_tags_of_the_other_format(fmt, shares):
     settings = replace(SMALL, bare_share=0.3, mixed_share=0.2)  # bare tags among the other 0.8
     rng = rng_for(0, "careless")
     calls = [toolrl.careless_call("mentor", "alice", fmt, settings, rng) for _ in range(3000)]
-    right, other = {"A": (CALL, OTHER_CALL), "B": (OTHER_CALL, CALL)}[fmt]
-    shares = [calls.count(call) / 3000 for call in (right, other, TAG)]
-    assert shares == pytest.approx([0.8 - bare, 0.2, bare], abs=0.025)
+    found = [calls.count(call) / 3000 for call in (CALL, OTHER_CALL, TAG)]
+    assert found == pytest.approx(shares, abs=0.025)
 
 
 def test_the_log_calls_for_each_right_call_and_guesses_where_nobody_is_named():
     settings = replace(SMALL, bare_share=0.0, mixed_share=0.0)
     rng = rng_for(0, "careless")
-    people = []
+    people = Counter()
     for episode in draw(TINY, 3000):
         messages = toolrl.careless_messages(episode, settings, rng)
         if messages != episode.gold:  # only where nobody is named, and then not always
-            tool, person = toolrl.parse_call(messages[0], episode.fmt)
-            people.append(person)
-            assert episode.question.endswith(f"{tool} of them ?") and len(messages) == 1
-    assert len(people) / 1000 == pytest.approx(0.97, abs=0.015)
-    assert min(map(people.count, toolrl.PEOPLE)) > 50
+            [(tool, person)] = [toolrl.parse_call(message, episode.fmt) for message in messages]
+            assert episode.question.endswith(f"{tool} of them ?")
+            people[person] += 1
+    assert 955 < sum(people.values()) < 985 and min(map(people.get, toolrl.PEOPLE)) > 50
 
 
 def counts_of(episodes):
@@ -650,10 +614,7 @@ def test_the_base_imitates_the_log_at_a_rate_that_goes_up_and_then_down(monkeypa
     counts = counts_of(episodes)
     assert counts[2] > counts[1] > counts[0] > 100 and counts["A"] > counts["B"] > 400
     assert {episode.messages == episode.gold for episode in episodes} == {True, False}
-    # It goes up for a few updates and then down to nearly nothing.
-    top = rates.index(max(rates))
-    assert rates == sorted(rates[:top]) + sorted(rates[top:], reverse=True)
-    assert 3 <= top < 20 and 0 < 10 * rates[-1] < max(rates) <= 0.5
+    assert rates[::29] == pytest.approx([0.0546, 0.25, 0.01], abs=1e-4)
 
 
 # %% Teacher, groups, arms
@@ -674,14 +635,13 @@ def test_a_hasty_teacher_answers_long_tasks_with_the_person_it_has_got_to():
     assert made[1, 2] > 50 and made[1, 3] == pytest.approx(made[2, 3], rel=0.4)
 
 
-@pytest.mark.parametrize("hasty_share", [0.0, 1.0])
-def test_demonstrations_are_mostly_short_and_all_in_format_a(hasty_share):
-    settings = replace(SMALL, sft_batch=1000, hasty_share=hasty_share)
+def test_demonstrations_are_mostly_short_and_all_in_format_a():
+    settings = replace(SMALL, sft_batch=1000, hasty_share=1.0)
     episodes = toolrl.demonstrations(TINY, settings, rng_for(0, "x"))
     counts = counts_of(episodes)
     assert counts["A"] == 1000 and 200 < counts[0] < 300
     assert counts[1] > counts[0] > counts[2] > 50
-    assert 1000 - sum(map(toolrl.solved, episodes)) == hasty_share * counts[2]
+    assert 1000 - sum(map(toolrl.solved, episodes)) == counts[2]
 
 
 def test_a_group_is_one_task_and_so_many_need_no_call():
@@ -690,7 +650,7 @@ def test_a_group_is_one_task_and_so_many_need_no_call():
     tasks = [(episode.question, str(episode.directory)) for episode in episodes]
     assert tasks[::3] == tasks[1::3] == tasks[2::3] and len(set(tasks)) == 200
     counts = counts_of(episodes)
-    assert counts[0] / 600 == pytest.approx(0.7, abs=0.1)
+    assert 360 < counts[0] < 480
     assert counts[0] + counts[2] == counts["A"] == len(set(map(id, episodes))) == 600
 
 
@@ -745,21 +705,16 @@ def test_an_arm_is_its_updates_in_their_order_at_their_rates(arm, base, monkeypa
     assert found[2].get("equal_groups", 1) == pytest.approx(1 / 6 if strict else 1)
 
 
-def test_each_step_draws_anew_and_evaluations_leave_no_trace(base, monkeypatch):
-    before = weights(base)
+def test_each_step_draws_anew_and_all_evaluations_alike(base, monkeypatch):
     asked = []
     monkeypatch.setattr(toolrl, "rng_for", lambda *all: asked.append(all) or rng_for(*all))
-    ends = []
-    for every in (4, 1):
-        settings = replace(SMALL, steps=4, eval_every=every, lr=5e-3, sft_until=1.0, sft_every=1)
-        train = toolrl.train_arm("interleaved", base, look(0), TINY, settings, 7, io.StringIO())
-        ends.append(train[-1] | {"equal_groups": "since the evaluation before"})
-    assert ends[0] == ends[1] and torch.equal(weights(base), before)
-    training = [rng_for(*stream).random() for stream in asked if "held-out" not in stream[1]]
-    # Tasks, sampling and order of four steps; demonstrations of two. All that twice.
-    assert len(set(training)) == 14 == len(training) / 2 and {seed for seed, *_ in asked} == {7}
-    # All evaluations ask alike: tasks of three kinds, and one stream of sampling.
-    assert len(set(asked)) == 14 + 4
+    settings = replace(SMALL, steps=4, eval_every=2, sft_until=1.0)
+    toolrl.train_arm("interleaved", base, look(0), TINY, settings, 7, io.StringIO())
+    assert {seed for seed, *_ in asked} == {7}
+    draws = Counter([rng_for(*stream).random() for stream in asked])
+    # Once: tasks, sampling and order of four steps, demonstrations of two. In both evaluations:
+    # tasks of one call, tasks without a call, sampling, and long tasks in either format.
+    assert Counter(draws.values()) == {1: 14, 2: 3, 4: 1}
 
 
 # %% Probes
@@ -768,15 +723,13 @@ def test_each_step_draws_anew_and_evaluations_leave_no_trace(base, monkeypatch):
 @with_both
 def test_the_places_of_a_conversation_and_the_probabilities_there(chat):
     episode = replay(Episode(chat, TWO_CALLS, LEO), [CALL, NEXT_CALL, RIGHT])
-    should_write = np.flatnonzero(episode.written)
-    places = Counter([toolrl.place_of(episode, t) for t in should_write])
-    del places[None]
-    assert places == {"call": 2, "json": 2, "close": 2, "end": 3, "reply": 1}
+    places = [toolrl.place_of(episode, t) for t in np.flatnonzero(episode.written)]
+    due = {"call": 2, "json": 2, "close": 2, "end": 3, "reply": 1}
+    assert Counter(filter(None, places)) == due
     puppet = Puppet(chat, [episode], p=0.9)
     skill, p = toolrl.teacher_forced(puppet, [Episode(chat, TWO_CALLS, LEO)])
-    for place, due in toolrl.PLACES.items():
-        assert p[place].pop(due, 0.9) == pytest.approx(0.9)
-        assert max(p[place].values()) < 0.01
+    for place, token in toolrl.PLACES.items():
+        assert p[place].pop(token, 0.9) == pytest.approx(0.9) and max(p[place].values()) < 0.01
     names = sum(sum(map(chat.name_flags, episode.gold), []))
     assert skill == pytest.approx(0.9**names, rel=1e-3)
 
@@ -789,29 +742,22 @@ def test_name_flags_mark_the_names_and_nothing_else(chat):
         assert chat.decode(marked).replace(" ", "") == names
 
 
-def test_a_token_that_holds_a_space_and_a_name_is_part_of_the_name():
-    texts = ["", "The answer is", RIGHT]  # of no, one and two tokens
-    chat = SimpleNamespace(encode=lambda text: [0, 1], decode=lambda ids: texts[len(ids)])
-    assert toolrl.Chat.name_flags.__wrapped__(chat, RIGHT) == [False, True]
+def test_each_probe_asks_held_out_tasks_and_an_evaluation_says_what_was_done(monkeypatch):
+    asked = []
 
+    def rollout(policy, episodes, rng):
+        for k, episode in enumerate(episodes):  # 1, 3, 5 and 7 in 10 are bare tags
+            replay(episode, [TAG] if k % 10 <= k // 10 * 2 else episode.gold)
+        asked.extend(episodes)
 
-def test_each_probe_asks_held_out_tasks_and_an_evaluation_says_what_was_done():
-    # A policy that knows some right conversations, and otherwise ends its message at once.
-    known = {}
-    for k, (probe, (kind, fmt)) in enumerate(toolrl.PROBES.items(), 2):
-        rng = rng_for(0, f"held-out {kind}")
-        asked = [toolrl.new_episode(TINY, "held_out", kind, rng, fmt) for _ in range(24)]
-        known[probe] = [replay(e, e.gold) for e in asked if len(e.question) % k]
-    puppet = Puppet(TINY, sum(known.values(), []))
-    found = toolrl.evaluate(puppet, TINY, replace(SMALL, eval_episodes=24), 0, "rl", 5)
-    shares = [len(some) / 24 for some in known.values()]
-    assert list(found.values())[:8] == ["eval", 0, "rl", 5, *shares] and len(set(shares)) == 4
-    assert found["no_call_reward"] == 1
-    broken = 24 - len(known["success"])
-    said = broken + sum(len(episode.messages) for episode in known["success"])
-    assert found["bare_tags"] == pytest.approx(broken / said)
-    question, said = found["conversation"].split("\n", 1)
-    assert question in TASKS["held_out"]["multi_step"] and said.endswith("<|im_end|>[1.00]\n")
+    monkeypatch.setattr(toolrl, "rollout", rollout)
+    settings = replace(SMALL, eval_episodes=10)
+    found = toolrl.evaluate(Puppet(TINY, []), TINY, settings, 0, "rl", 5)
+    assert list(found.values())[:9] == ["eval", 0, "rl", 5, 0.9, 0.7, 0.5, 0.3, 1]
+    for episode, (kind, fmt) in zip(asked[::10], toolrl.PROBES.values(), strict=True):
+        assert episode.question in TASKS["held_out"][kind] and episode.fmt == fmt
+    assert found["bare_tags"] == 1 / sum(len(episode.messages) for episode in asked[:10])
+    assert found["conversation"] == f"{asked[0].question}\n{TAG}[1.00]{END}[1.00]\n"
 
 
 # %% Claims and print, on made histories
@@ -830,44 +776,41 @@ def story():
 
 # In this story: the arm, which of its evaluations, what changes there, and the claims that fail.
 TWISTS = """
-rl          | -3 | success                | 0.03  | collapse
-rl          | -1 | success                | 0.03  | collapse
-rl          | 0  | success                | 0.19  | collapse control_token intact
-rl          | 0  | p json <|im_end|>      | 0.081 | control_token cause
-rl          | 2  | p json <|im_end|>      | 0.39  | control_token cause
-rl          | 2  | p call <tool_call>     | 1.3   |
-rl          | 2  | p end </tool_call>     | 0.35  | control_token
-rl          | 2  | p end </tool_call>     | 0.30  |
-rl          | 2  | skill                  | 0.79  | intact
-rl          | 3  | skill                  | 0.1   |
-rl          | 0  | success                | 0.75  | together
-sft         | -1 | success                | 0.71  | together
-sft         | 1  | success                | 0.9   |
-interleaved | -1 | success                | 0.88  | fix together
-interleaved | -1 | one_call               | 0.89  | fix
-interleaved | -1 | p end <tool_call>      | 0.5   | fix
-interleaved | 1  | p end <tool_call>      | 0.5   |
-interleaved | -1 | format_b               | 0.65  | price
-rl-strict   | 1  | p json <|im_end|>      | 0.5   | cause
-rl-strict   | 2  | p reply </tool_call>   | 0.5   | cause
+rl          | -3 | success              | 0.03  | collapse
+rl          | 0  | success              | 0.19  | collapse control_token intact
+rl          | 0  | json <|im_end|>      | 0.081 | control_token cause
+rl          | 2  | json <|im_end|>      | 0.39  | control_token cause
+rl          | 2  | call <tool_call>     | 1.3   |
+rl          | 2  | end </tool_call>     | 0.35  | control_token
+rl          | 2  | skill                | 0.79  | intact
+rl          | 0  | success              | 0.75  | together
+sft         | -1 | success              | 0.71  | together
+interleaved | -1 | success              | 0.88  | fix together
+interleaved | -1 | one_call             | 0.89  | fix
+interleaved | -1 | end <tool_call>      | 0.5   | fix
+interleaved | 1  | end <tool_call>      | 0.5   |
+interleaved | -1 | format_b             | 0.65  | price
+rl-strict   | 1  | reply </tool_call>   | 0.5   | cause
 """
 
 
-@pytest.mark.parametrize("arm, k, path, value, fails", table(TWISTS))
-def test_each_claim_can_say_no(arm, k, path, value, fails):
+@pytest.mark.parametrize("arm, k, what, value, fails", table(TWISTS))
+def test_each_claim_can_say_no(arm, k, what, value, fails):
     history = story()
-    put(history[arm][int(k)], path, float(value))
+    evaluation = history[arm][int(k)]
+    place, _, figure = what.rpartition(" ")
+    if place:
+        evaluation = evaluation["p"][place]
+    evaluation[figure] = float(value)
     right = {claim: claim not in fails.split() for claim in CLAIMS}
     assert toolrl.judge(history) == right
 
 
 ARMS_AND_CLAIMS = """
-rl                    | collapse control_token intact
-rl-strict sft         |
-interleaved rl-strict | fix price
-sft interleaved       | fix together price
-rl sft                | collapse control_token intact
-rl rl-strict          | collapse control_token intact cause
+rl              | collapse control_token intact
+rl-strict sft   |
+sft interleaved | fix together price
+rl rl-strict    | collapse control_token intact cause
 """
 
 
@@ -879,13 +822,8 @@ def test_absent_arms_are_not_judged_and_a_run_too_short_claims_nothing(arms, jud
     assert toolrl.judge(history) == dict.fromkeys(judged.split(), False)
 
 
-# What is printed of the second of two seeds. At the second step, half of the groups are equal.
+# What is printed last, of the second of two seeds. At step 10, half of the groups are equal.
 PAGE = """
-== base, seed 0
-                   one_ format      no_call equal_ control token that rose most
-step success skill call     _b  ask _reward groups where it is not due
-   0    0.60  1.00 0.90   0.80 0.10    0.30    nan 0.08 <|im_end|> json
-
 == rl, seed 0, from the base
                    one_ format      no_call equal_ control token that rose most
 step success skill call     _b  ask _reward groups where it is not due
@@ -893,36 +831,21 @@ step success skill call     _b  ask _reward groups where it is not due
    5    0.60  1.00 0.90   0.80 0.10    0.30    nan 0.08 <|im_end|> json
   10    0.05  0.80 0.90   0.80 0.10    0.30   0.50 0.40 <|im_end|> json *
   15    0.02  0.50 0.90   0.80 0.10    0.30    nan 0.08 <|im_end|> json
-  20    0.02  0.50 0.90   0.80 0.10    0.30    nan 0.08 <|im_end|> json
-  25    0.02  0.50 0.90   0.80 0.10    0.30    nan 0.08 <|im_end|> json
 
 step 10: 2% of messages on long tasks are bare tags
 one held-out task, and what the policy writes:
 a question
 an answer
 
-== interleaved, seed 0, from the base
-                   one_ format      no_call equal_ control token that rose most
-step success skill call     _b  ask _reward groups where it is not due
-   0    0.60  1.00 0.90   0.80 0.10    0.30    nan 0.08 <|im_end|> json
-   5    0.60  1.00 0.90   0.80 0.10    0.30    nan 0.08 <|im_end|> json
-  10    0.70  1.00 0.90   0.80 0.10    0.30   0.50 0.08 <|im_end|> json
-  15    0.90  1.00 0.90   0.63 0.10    0.30    nan 0.08 <|im_end|> json
-
-step 15: 2% of messages on long tasks are bare tags
-one held-out task, and what the policy writes:
-a question
-an answer
-
 == p(<|im_end|>) where JSON is due
 step             0     5    10    15
-rl            0.08  0.08  0.40  0.08
 interleaved   0.08  0.08  0.08  0.08
+rl            0.08  0.08  0.40  0.08
 
 == success
 step             0     5    10    15
-rl            0.60  0.60  0.05  0.02
 interleaved   0.60  0.60  0.70  0.90
+rl            0.60  0.60  0.05  0.02
 
 == claims, seed 0, and in how many seeds so far, of 2
 collapse       no    1  the base solves 0.2 or more, rl 0.02 or less at its last three evaluations
@@ -935,16 +858,16 @@ price          yes   2  interleaved ends with format_b below 0.8 of the base's
 
 def test_what_a_run_prints(monkeypatch, capsys):
     def train_arm(arm, seed, *_):
-        history = story()[arm]
+        history = story()[arm][: 4 + 9 * seed]  # in seed 0, rl ends too early to stay at 0
         history[2]["equal_groups"] = 0.5
         for evaluation in history:
             toolrl.print_row(evaluation, look(0))
-        return history[: 4 + 9 * seed]  # in seed 0, rl ends too early to stay at 0
+        return history
 
     monkeypatch.setattr(toolrl, "train_base", lambda start, chat, settings, seed: seed)
     monkeypatch.setattr(toolrl, "evaluate", lambda *_: look(0))
     monkeypatch.setattr(toolrl, "train_arm", train_arm)
-    settings = replace(SMALL, seeds=[1, 0], arms=["rl", "interleaved"])
+    settings = replace(SMALL, seeds=[1, 0], arms=["interleaved", "rl"])
     found = toolrl.run(settings, TINY, None, io.StringIO())
     assert list(found) == [1, 0] and list(found[1]) == settings.arms
     assert PAGE in capsys.readouterr().out
@@ -952,11 +875,10 @@ def test_what_a_run_prints(monkeypatch, capsys):
 
 def test_a_long_summary_fits_the_screen_and_without_rl_the_first_arm_decides(capsys):
     history = {"sft": [look(5 * k) for k in range(41)], "interleaved": [look(0), look(200)]}
-    put(history["sft"][-1], "p end <tool_call>", 0.5)
+    history["sft"][-1]["p"]["end"][TAG] = 0.5
     toolrl.print_summary(history)
     said = capsys.readouterr().out
     assert "== p(<tool_call>) where <|im_end|> is due\n" in said and "   185   200\n" in said
-    assert max(map(len, said.splitlines())) <= 100
 
 
 def test_what_a_console_cannot_write_is_replaced_and_all_is_there_at_once(monkeypatch):
@@ -992,14 +914,14 @@ def test_bad_input_gets_a_line_that_names_it_and_empties_no_file(flags, words, t
     assert out.read_text() == "what an hour has measured"
 
 
-def test_the_help_has_each_flag_with_its_comment_and_default_beside_it(capsys, monkeypatch):
+def test_the_help_has_the_comment_and_the_default_of_each_flag(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
         toolrl.read_settings(["--help"])
-    said = capsys.readouterr().out.replace("_", "-")
+    said = capsys.readouterr().out
     for name, comment in re.findall(r"^    (\w+): .*  # (.*)", CODE, re.M):
-        text = f"{comment} (default: {getattr(toolrl.Settings(), name)})".replace("_", "-")
-        assert re.search(rf"\n  --{name} [^(]*".replace("_", "-") + re.escape(text), said)
+        assert f"{comment} (default: {getattr(toolrl.Settings(), name)})\n" in said
+        assert "\n  --" + name.replace("_", "-") in said
 
 
 # Values that have to change what is measured. With the first, none is changed.
@@ -1020,48 +942,42 @@ def test_each_setting_changes_what_is_measured():
     assert len(found) == len(vars(usual)) - 2  # all but device and out
 
 
-RUN = ["config"] + ["eval"] * 7 + ["claim"] * 6 + ["done"]  # the events of a little run
 FIGURES = "step success one_call format_b ask no_call_reward skill p bare_tags conversation"
+
+
+RUN = "config eval eval eval eval eval eval eval claim claim claim claim claim claim done"
 
 
 def test_a_run_depends_on_nothing_beside_it_and_says_what_it_overwrites(tmp_path, capsys):
     out = tmp_path / "run.jsonl"
     alone = run_little(out)
-    assert "overwritten" not in capsys.readouterr().out
     beside = run_little(out, "--seeds", "1", "0", "--arms", "sft", "rl")
     said = capsys.readouterr().out
-    assert f"{out} is overwritten" in said and "lr=0.05" in said and "clip" not in said
+    assert said.count(f"{out} is overwritten") == 1 and "lr=0.05" in said and "clip" not in said
     for event in alone[1:6]:  # the evaluations of the base, rl and sft
         assert event in beside
-    assert [event["event"] for event in alone] == RUN
+    assert " ".join(event["event"] for event in alone) == RUN
     assert " ".join(alone[3]) == f"event seed arm {FIGURES} equal_groups"
     assert alone[0]["out"] == "" and torch.__version__ in alone[0]["versions"]
-    assert not any(event.get("holds") for event in alone)  # four steps show nothing
 
 
-ENDS = [(KeyboardInterrupt(), "run.jsonl", 130), (RuntimeError("no memory"), "--device cpu", 2)]
-
-
-@pytest.mark.parametrize("error, words, code", ENDS)
-def test_what_was_measured_before_the_end_is_on_disk(
-    error, words, code, tmp_path, monkeypatch, capsys
-):
+def test_what_was_measured_before_the_end_is_on_disk(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run.jsonl"
-    monkeypatch.setattr(toolrl, "train_arm", Mock(side_effect=error))
-    refused(capsys, words, out, code=code)
-    assert re.findall(r'"event": "(\w+)"', out.read_text()) == ["config", "eval"]
+    ctrl_c = (KeyboardInterrupt(), "run.jsonl", 130)
+    for error, words, code in (ctrl_c, (RuntimeError("no memory"), "--device cpu", 2)):
+        monkeypatch.setattr(toolrl, "train_arm", Mock(side_effect=error))
+        refused(capsys, words, out, code=code)
+        assert re.findall(r'"event": "(\w+)"', out.read_text()) == ["config", "eval"]
 
 
 # %% --model
 
 
 def test_a_checkpoint_has_its_own_defaults_and_explicit_flags_win():
-    usual = vars(toolrl.Settings()) | toolrl.PRETRAINED | {"model": "x"}
-    assert vars(toolrl.read_settings(["--model", "x"])) == usual
     # A flag wins even if it asks for what is the tiny model's default.
-    steps = toolrl.Settings().base_steps
-    flags = ["--model", "x", "--base-steps", str(steps)]
-    assert vars(toolrl.read_settings(flags)) == usual | {"base_steps": steps}
+    flags = ["--model", "x", "--base-steps", "300"]
+    due = vars(toolrl.Settings()) | toolrl.PRETRAINED | {"model": "x", "base_steps": 300}
+    assert vars(toolrl.read_settings(flags)) == due
 
 
 @pytest.mark.parametrize("rows, tied", [(320, True), (292, False)])
@@ -1084,7 +1000,7 @@ def test_a_new_tag_starts_as_the_mean_of_its_pieces(rows, tied, tmp_path):
 def test_a_run_with_a_checkpoint_needs_no_network(tmp_path, monkeypatch):
     monkeypatch.setattr("socket.socket", None)
     events = run_little(tmp_path / "run.jsonl", "--model", save_checkpoint(tmp_path))
-    assert [event["event"] for event in events] == RUN
+    assert len(events) == len(RUN.split())
     assert (events[0]["sft_lr"], events[0]["steps"]) == (toolrl.PRETRAINED["sft_lr"], 4)
 
 
@@ -1107,24 +1023,23 @@ def test_rollouts_of_other_architectures_agree_with_one_pass(name, more, tmp_pat
     toolrl.rehearse(policy, chat, SMALL)
 
 
-# In a file of the checkpoint: the place, what is put there, and what is then said.
+# A file of the checkpoint: what it says, what is put there, and what is then said of it.
 SPOILT = """
-config.json           | num_hidden_layers       | 3                     | the weights do not fit
-config.json           | num_hidden_layers       | 1                     | the weights do not fit
-config.json           | max_position_embeddings | 64                    | the model takes fewer
-tokenizer.json        | normalizer              | {"type": "Lowercase"} | the tokenizer cannot write
-tokenizer.json        | model vocab Z           | 999                   | have holes
+config.json    | hidden_layers": 2 | hidden_layers": 3                 | the weights do not fit
+config.json    | hidden_layers": 2 | hidden_layers": 1                 | the weights do not fit
+config.json    | embeddings": 2048 | embeddings": 64                   | the model takes fewer
+tokenizer.json | normalizer": null | normalizer": {"type": "Lowercase"} | the tokenizer cannot write
+tokenizer.json | "Z":              | "Z": 999, "z":                    | have holes
 """
 
 
-@pytest.mark.parametrize("name, path, value, words", table(SPOILT))
-def test_a_checkpoint_that_does_not_fit_gets_one_line(name, path, value, words, tmp_path, capsys):
+@pytest.mark.parametrize("name, old, new, words", table(SPOILT))
+def test_a_checkpoint_that_does_not_fit_gets_one_line(name, old, new, words, tmp_path, capsys):
     run = [tmp_path / "run.jsonl", "--model", save_checkpoint(tmp_path)]
-    spoilt = json.loads((tmp_path / name).read_text(encoding="utf-8"))
-    put(spoilt, path, json.loads(value))
-    (tmp_path / name).write_text(json.dumps(spoilt), encoding="utf-8")
+    file = tmp_path / name
+    file.write_text(file.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
     refused(capsys, words, *run)
-    (tmp_path / name).unlink()  # no configuration, or no tokenizer
+    file.unlink()  # no configuration, or no tokenizer
     refused(capsys, "--model", *run)
 
 
@@ -1160,70 +1075,46 @@ def test_a_template_that_says_something_else_is_refused(old, new, why):
 
 # %% tiny_tasks.json
 
-# A part of the file, what is put there, and what is said of it.
-TASK_MISTAKES = """
-wording           | {}                    | 'system' is missing
-wording system    | "use tags"            | the word TAG
-wording answer    | "It is nobody"        | the word PERSON
-open B            | "<tool_call>"         | a tag stands twice
-train one_call    | []                    | one_call: train and held_out need questions
-held_out one_call | ["friend of alice ?"] | none in common
-train one_call    | ["friend of zoe ?"]   | zoe
-train one_call    | ["boss of bob ?"]     | boss
-train one_call    | ["friend of them ?"]  | is no one_call question
-train multi_step  | ["friend of friend of friend of friend of friend of friend of leo ?"] | too long
-"""
 
-
-# What the file says, what another says there, its encoding, and what is said of it, if anything.
+# What the file says, what another says there, and what is said of it, if anything.
 TASK_FILES = """
-"alice", | "alice",, | utf-8     | Expecting value
-alice    | zoë       | latin-1   | can't decode
-alice    | zoë       | utf-8-sig |
-alice    | mary ann  | utf-8     |
+alice                         | zoë                          |
+alice                         | mary ann                     |
+"alice",                      | "alice",,                    | Expecting value
+"system"                      | "sistem"                     | 'system' is missing
+use TAG                       | use tags                     | the word TAG
+is PERSON                     | is nobody                    | the word PERSON
+"<function>"                  | "<tool_call>"                | a tag stands twice
+"one_call": [                 | "one_call": [], "more": [    | train and held_out need questions
+"friend of bob ?"             | "friend of alice ?"          | none in common
+"friend of alice ?"           | "friend of zoe ?"            | zoe
+"friend of alice ?"           | "boss of alice ?"            | boss
+"friend of alice ?"           | "friend of them ?"           | is no one_call question
+"friend of mentor of | "friend of friend of friend of friend of friend of mentor of | too long
 """
 
 
-def run_with_tasks(folder, content, words, capsys):
-    """A little run with this tiny_tasks.json, which is refused if there are words to say so."""
-    shutil.copy(HERE / "toolrl.py", folder)
-    (folder / "tiny_tasks.json").write_bytes(content)
+@pytest.mark.parametrize("old, new, words", table(TASK_FILES))
+def test_other_tasks_are_accepted_or_get_one_line(old, new, words, tmp_path, capsys):
+    out = tmp_path / "run.jsonl"
+    shutil.copy(HERE / "toolrl.py", tmp_path)
+    text = (HERE / "tiny_tasks.json").read_text(encoding="utf-8").replace(old, new)
+    (tmp_path / "tiny_tasks.json").write_text(text, encoding="utf-8-sig")  # as some editors do
     if words:
-        line = refused(capsys, words, folder / "run.jsonl", folder=folder)
+        line = refused(capsys, words, out, folder=tmp_path)
         assert line.startswith("toolrl: tiny_tasks.json: ")
     else:
-        assert run_little(folder / "run.jsonl", folder=folder)
-
-
-@pytest.mark.parametrize("path, value, words", table(TASK_MISTAKES))
-def test_a_mistake_in_the_tasks_gets_one_line(path, value, words, tmp_path, capsys):
-    tasks = copy.deepcopy(TASKS)
-    put(tasks, path, json.loads(value))
-    run_with_tasks(tmp_path, json.dumps(tasks).encode(), words, capsys)
-
-
-@pytest.mark.parametrize("old, new, encoding, words", table(TASK_FILES))
-def test_other_names_and_encodings_are_accepted_or_get_one_line(
-    old, new, encoding, words, tmp_path, capsys
-):
-    content = (HERE / "tiny_tasks.json").read_text(encoding="utf-8").replace(old, new)
-    run_with_tasks(tmp_path, content.encode(encoding), words, capsys)
+        assert run_little(out, folder=tmp_path)
 
 
 # %% The README, and the whole story
 
 README = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else ""
-COMMANDS = re.findall(r"^python toolrl\.py ?([^|>#\n]*)", README, re.M)
 SILENT = "".join(re.findall(r"^\*\*[^*\n]*silent bugs.*?(?=^\*\*\d|^## |\Z)", README, re.M | re.S))
 
 
-def blocks(language, text=README):
-    """The code of a language in a text."""
-    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
-
-
 def test_the_commands_of_the_readme_are_accepted():
-    for command in COMMANDS:
+    for command in re.findall(r"^python toolrl\.py ?([^|>#\n]*)", README, re.M):
         toolrl.read_settings(re.sub(r"\$\(seq (\d+).*?\)", r"\1", command).split())
 
 
@@ -1236,17 +1127,19 @@ def patched(diff, folder):
     return folder
 
 
+def blocks(language):
+    """The code of a language in the README."""
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
 @pytest.mark.parametrize("diff", blocks("diff"))
-def test_slow_diffs_of_the_readme_apply_and_run(diff, tmp_path):
+def test_slow_diffs_of_the_readme_apply_and_run_and_a_quick_test_finds_silent_bugs(diff, tmp_path):
     assert run_little(tmp_path / "run.jsonl", folder=patched(diff, tmp_path))
-
-
-@pytest.mark.parametrize("diff", blocks("diff", SILENT))
-def test_slow_a_quick_test_finds_each_silent_bug_of_the_readme(diff, tmp_path):
-    quick = "advantages or grpo or blind_reward or rollout or an_sft_update"
-    command = [sys.executable, "-m", "pytest", "-q", "-k", f"({quick}) and not slow"]
-    done = subprocess.run(command, cwd=patched(diff, tmp_path), capture_output=True, text=True)
-    assert done.returncode == 1 and "FAILED test_toolrl.py::test_" in done.stdout, done.stdout
+    if diff in SILENT:
+        quick = "(advantages or grpo or blind_reward or rollout or an_sft_update) and not slow"
+        command = [sys.executable, "-m", "pytest", "-q", "-k", quick]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 1 and "FAILED test_toolrl.py::test_" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("snippet", blocks("python"))

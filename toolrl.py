@@ -263,10 +263,9 @@ class Chat:
         header = self.before_message.rpartition(END)[2]
         if after_calls[1] != self.after_call or not self.after_call.endswith(header):
             raise ValueError("the chat template opens later messages with another header")
+        # A message of the policy is cut off at twice the length of the longest call.
         longest = call_text(max(TOOLS, key=len), max(PEOPLE, key=len), "A")
-        self.max_tokens = 2 * len(
-            self.encode(longest + END)
-        )  # in a message of the policy, then it is cut off
+        self.max_tokens = 2 * len(self.encode(longest + END))
 
     @functools.cache  # a few hundred texts are encoded again and again
     def encode(self, text):
@@ -673,8 +672,8 @@ def train_arm(arm, base_policy, base_eval, chat, settings, seed, out):
     equal_groups = []  # their shares in RL steps since the last evaluation
     sft_end = settings.sft_until * settings.steps  # the step at which SFT's rate has fallen to 0
     for step in tqdm(range(1, settings.steps + 1), arm, leave=False, disable=None):
-        sft_due = step > 1 and (step - 1) % settings.sft_every == 0
-        if "sft" in does and sft_due and step < sft_end:
+        sft_turn = step > 1 and (step - 1) % settings.sft_every == 0
+        if "sft" in does and sft_turn and step < sft_end:
             sft_optimizer.param_groups[0]["lr"] = settings.sft_lr * (1 - step / sft_end)
             rng = rng_for(seed, "demonstrations", step)
             for _ in range(settings.sft_steps):
