@@ -147,8 +147,9 @@ class Settings:
 
 
 # With --model, these are the defaults: a pretrained model needs smaller steps, and fewer.
-PRETRAINED = {"base_steps": 80, "base_lr": 1e-3, "steps": 20, "lr": 2e-5}
-PRETRAINED |= {"sft_lr": 4e-4, "sft_batch": 16, "eval_every": 4, "eval_episodes": 16}
+PRETRAINED = {"base_steps": 40, "base_lr": 1e-3, "steps": 16, "lr": 2e-5, "groups": 4}
+PRETRAINED |= {"no_call_share": 0.75, "sft_steps": 1, "sft_lr": 3e-4, "sft_batch": 16}
+PRETRAINED |= {"eval_every": 4, "eval_episodes": 32}
 
 
 def stop(where, error):
