@@ -682,8 +682,9 @@ def test_an_arm_is_its_updates_in_their_order_at_their_rates(arm, base, monkeypa
             gains[:] = rest[0][:4]
 
     def rollout(policy, episodes, rng):
-        for k, episode in enumerate(episodes):  # a bare tag in all groups but the fifth
-            replay(episode, [ASK if k % 5 else TAG])
+        # From the second step on, there is a bare tag in all groups but the fifth.
+        for k, episode in enumerate(episodes):
+            replay(episode, [TAG if events and k % 5 == 0 else ASK])
 
     def evaluate(*all):
         events.append(f"eval {all[-1]}")
