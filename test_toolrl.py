@@ -747,17 +747,18 @@ def test_each_probe_asks_held_out_tasks_and_an_evaluation_says_what_was_done(mon
     asked = []
 
     def rollout(policy, episodes, rng):
-        for k, episode in enumerate(episodes):  # 1, 3, 5 and 7 in 10 are bare tags
-            replay(episode, [TAG] if k % 10 <= k // 10 * 2 else episode.gold)
+        for k, episode in enumerate(episodes):  # 2, 4, 6 and 8 in 10 are bare tags or empty
+            bare = [[TAG], [""]][k % 2]
+            replay(episode, bare if k % 10 <= k // 10 * 2 + 1 else episode.gold)
         asked.extend(episodes)
 
     monkeypatch.setattr(toolrl, "rollout", rollout)
     settings = replace(SMALL, eval_episodes=10)
     found = toolrl.evaluate(Puppet(TINY, []), TINY, settings, 0, "rl", 5)
-    assert list(found.values())[:9] == ["eval", 0, "rl", 5, 0.9, 0.7, 0.5, 0.3, 1]
+    assert list(found.values())[:9] == ["eval", 0, "rl", 5, 0.8, 0.6, 0.4, 0.2, 1]
     for episode, (kind, fmt) in zip(asked[::10], toolrl.PROBES.values(), strict=True):
         assert episode.question in TASKS["held_out"][kind] and episode.fmt == fmt
-    assert found["bare_tags"] == 1 / sum(len(episode.messages) for episode in asked[:10])
+    assert found["bare_tags"] == 2 / sum(len(episode.messages) for episode in asked[:10])
     assert found["conversation"] == f"{asked[0].question}\n{TAG}[1.00]{END}[1.00]\n"
 
 
