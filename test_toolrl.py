@@ -682,9 +682,9 @@ def test_an_arm_is_its_updates_in_their_order_at_their_rates(arm, base, monkeypa
             gains[:] = rest[0][:4]
 
     def rollout(policy, episodes, rng):
-        # From the second step on, there is a bare tag in all groups but the fifth.
+        # From the second step on, two of the first group are a bare tag.
         for k, episode in enumerate(episodes):
-            replay(episode, [TAG if events and k % 5 == 0 else ASK])
+            replay(episode, [TAG if events and k < 2 else ASK])
 
     def evaluate(*all):
         events.append(f"eval {all[-1]}")
@@ -701,9 +701,10 @@ def test_an_arm_is_its_updates_in_their_order_at_their_rates(arm, base, monkeypa
     assert events == [e for e in re.split(r",\s", SCHEDULE) if e.split()[0] in parts | {"eval"}]
     assert len(optimizers) == len(parts)
     # The strict reward alone tells a bare tag from asking back.
-    strict = arm == "rl-strict"
-    assert gains == pytest.approx([-1.5, 0.5, 0.5, 0.5] if strict else [0.0] * 4, abs=0.01)
-    assert found[2].get("equal_groups", 1) == pytest.approx(1 / 6 if strict else 1)
+    due = [0.0, 0.0, 0.0, 0.0, 1.0]
+    if arm == "rl-strict":
+        due = [-0.866, -0.866, 0.866, 0.866, 5 / 6]
+    assert [*gains, found[2].get("equal_groups", 1)] == pytest.approx(due, abs=0.01)
 
 
 def test_each_step_draws_anew_and_all_evaluations_alike(base, monkeypatch):
@@ -791,6 +792,7 @@ interleaved | -1 | success              | 0.88  | fix together
 interleaved | -1 | one_call             | 0.89  | fix
 interleaved | -1 | end <tool_call>      | 0.5   | fix
 interleaved | 1  | end <tool_call>      | 0.5   |
+interleaved | -1 | call <tool_call>     | 1.3   |
 interleaved | -1 | format_b             | 0.65  | price
 rl-strict   | 1  | reply </tool_call>   | 0.5   | cause
 """
@@ -882,6 +884,7 @@ def test_a_long_summary_fits_the_screen_and_without_rl_the_first_arm_decides(cap
     toolrl.print_summary(history)
     said = capsys.readouterr().out
     assert "== p(<tool_call>) where <|im_end|> is due\n" in said and "   185   200\n" in said
+    assert re.search(r"^sft .* 0\.50$", said, re.M)
 
 
 def test_what_a_console_cannot_write_is_replaced_and_all_is_there_at_once(monkeypatch):
