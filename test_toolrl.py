@@ -948,9 +948,8 @@ def test_each_setting_changes_what_is_measured():
     assert len(found) == len(vars(usual)) - 2  # all but device and out
 
 
+# The figures of an evaluation, and the events of a little run.
 FIGURES = "step success one_call format_b ask no_call_reward skill p bare_tags conversation"
-
-
 RUN = "config eval eval eval eval eval eval eval claim claim claim claim claim claim done"
 
 
