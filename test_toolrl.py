@@ -449,8 +449,8 @@ def test_what_is_drawn_depends_on_its_stream_and_first_weights_on_the_seed_alone
     people = list(toolrl.new_directory(rng_for(3, "x")).values())
     assert min(len(set(people[:9])), len(set(people[:: len(toolrl.PEOPLE)]))) > 3
     assert TINY.encode("".join(CONTROL)) == list(range(1, 9))  # not in the order of a set
-    first, again = [weights(toolrl.tiny_policy(TINY, 3)) for _ in range(2)]
-    assert torch.equal(first, again)
+    first, again, other = [weights(toolrl.tiny_policy(TINY, seed)) for seed in (3, 3, 4)]
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_only_one_whole_call_is_a_call():
@@ -969,7 +969,7 @@ def test_a_run_depends_on_nothing_beside_it_and_says_what_it_overwrites(tmp_path
 def test_what_was_measured_before_the_end_is_on_disk(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run.jsonl"
     ctrl_c = (KeyboardInterrupt(), "run.jsonl", 130)
-    for error, words, code in (ctrl_c, (RuntimeError("no memory"), "--device cpu", 2)):
+    for error, words, code in (ctrl_c, (RuntimeError("no memory"), "try --device cpu", 2)):
         monkeypatch.setattr(toolrl, "train_arm", Mock(side_effect=error))
         refused(capsys, words, out, code=code)
         assert re.findall(r'"event": "(\w+)"', out.read_text()) == ["config", "eval"]
@@ -1053,7 +1053,7 @@ def test_weights_that_do_not_train_and_a_cache_that_errs_get_one_line(
 ):
     run = [tmp_path / "run.jsonl", "--model", save_checkpoint(tmp_path)]
     real = toolrl.token_log_probs
-    monkeypatch.setattr(toolrl, "token_log_probs", lambda *all: real(*all) + 0.1)
+    monkeypatch.setattr(toolrl, "token_log_probs", lambda *all: real(*all) - 0.1)
     refused(capsys, "with a cache", *run)
     monkeypatch.setattr(torch.nn.Module, "parameters", lambda self: [torch.zeros(1)])
     refused(capsys, "do not train", *run)
@@ -1065,6 +1065,7 @@ TEMPLATES = """
 {% for m in messages %}        | {% for m in messages[1:] %}  | does not show each
 <tool_response>{{ m.content }} | <tool_response>              | does not show each
 {% if add_generation_prompt %} | {% if false %}               | another header
+{% endif %}<|im_end|> | {% endif %}<|im_end|>{% if m.role == 'user' %}-{% endif %} | another header
 <|im_start|>assistant          | <|im_start|>assistant  think | another header
 """
 
