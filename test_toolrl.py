@@ -420,6 +420,15 @@ def weights(policy):
     return torch.nn.utils.parameters_to_vector(policy.parameters()).detach().clone()
 
 
+def copied(folder, diff=""):
+    """A copy of the project, to which a diff may be applied. -> its folder"""
+    for name in ("toolrl.py", "tiny_tasks.json", "test_toolrl.py"):
+        shutil.copy(HERE / name, folder)
+    if diff:
+        subprocess.run(["git", "apply", "-"], cwd=folder, input=diff.encode(), check=True)
+    return folder
+
+
 LITTLE = shlex.split("""--device cpu --base-steps 2 --steps 4 --eval-every 2 --eval-episodes 4
 --groups 2 --group-size 4 --minibatches 2 --lr 0.05 --sft-batch 16""")
 
@@ -920,14 +929,15 @@ def test_bad_input_gets_a_line_that_names_it_and_empties_no_file(flags, words, t
     assert out.read_text() == "what an hour has measured"
 
 
-def test_the_help_has_the_comment_and_the_default_of_each_flag(capsys, monkeypatch):
+def test_the_help_has_the_comment_and_the_default_beside_each_flag(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
         toolrl.read_settings(["--help"])
     said = capsys.readouterr().out
     for name, comment in re.findall(r"^    (\w+): .*  # (.*)", CODE, re.M):
-        assert f"{comment} (default: {getattr(toolrl.Settings(), name)})\n" in said
-        assert "\n  --" + name.replace("_", "-") in said
+        flag = name.replace("_", "-")
+        text = re.escape(f"{comment} (default: {getattr(toolrl.Settings(), name)})")
+        assert re.search(rf"\n  --{flag} [^(]*{text}\n", said)
 
 
 # Values that have to change what is measured. With the first, none is changed.
@@ -1081,7 +1091,6 @@ def test_a_template_that_says_something_else_is_refused(old, new, why):
 
 # %% tiny_tasks.json
 
-
 # What the file says, what another says there, and what is said of it, if anything.
 TASK_FILES = """
 alice                         | zoë                          |
@@ -1103,9 +1112,9 @@ is PERSON                     | is nobody                    | the word PERSON
 @pytest.mark.parametrize("old, new, words", table(TASK_FILES))
 def test_other_tasks_are_accepted_or_get_one_line(old, new, words, tmp_path, capsys):
     out = tmp_path / "run.jsonl"
-    shutil.copy(HERE / "toolrl.py", tmp_path)
-    text = (HERE / "tiny_tasks.json").read_text(encoding="utf-8").replace(old, new)
-    (tmp_path / "tiny_tasks.json").write_text(text, encoding="utf-8-sig")  # as some editors do
+    tasks = copied(tmp_path) / "tiny_tasks.json"
+    text = tasks.read_text(encoding="utf-8").replace(old, new)
+    tasks.write_text(text, encoding="utf-8-sig")  # as some editors do
     if words:
         line = refused(capsys, words, out, folder=tmp_path)
         assert line.startswith("toolrl: tiny_tasks.json: ")
@@ -1124,15 +1133,6 @@ def test_the_commands_of_the_readme_are_accepted():
         toolrl.read_settings(re.sub(r"\$\(seq (\d+).*?\)", r"\1", command).split())
 
 
-def patched(diff, folder):
-    """A copy of the project, to which a diff of the README is applied."""
-    for name in ("toolrl.py", "tiny_tasks.json", "test_toolrl.py"):
-        shutil.copy(HERE / name, folder)
-    if diff:
-        subprocess.run(["git", "apply", "-"], cwd=folder, input=diff.encode(), check=True)
-    return folder
-
-
 def blocks(language):
     """The code of a language in the README."""
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
@@ -1140,7 +1140,8 @@ def blocks(language):
 
 @pytest.mark.parametrize("diff", blocks("diff"))
 def test_slow_diffs_of_the_readme_apply_and_run_and_a_quick_test_finds_silent_bugs(diff, tmp_path):
-    assert run_little(tmp_path / "run.jsonl", folder=patched(diff, tmp_path))
+    assert run_little(tmp_path / "run.jsonl", folder=copied(tmp_path, diff))
+    assert SILENT.count("```diff") == 3
     if diff in SILENT:
         quick = "(advantages or grpo or blind_reward or rollout or an_sft_update) and not slow"
         command = [sys.executable, "-m", "pytest", "-q", "-k", quick]
@@ -1153,7 +1154,7 @@ def test_slow_snippets_of_the_readme_run(snippet, tmp_path):
     if "from trl import" in snippet:
         pytest.importorskip("trl", reason="the README's bridge needs trl")
     run_little(tmp_path / "run.jsonl", "--seeds", "0", "1")
-    (patched("", tmp_path) / "bridge.py").write_text(snippet, encoding="utf-8")
+    (copied(tmp_path) / "bridge.py").write_text(snippet, encoding="utf-8")
     command = [sys.executable, "bridge.py", *LITTLE]  # the bridge to TRL takes toolrl's flags
     assert subprocess.check_output(command, cwd=tmp_path)
 
