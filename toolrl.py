@@ -180,7 +180,7 @@ try:
     WORDING = TASKS["wording"]
     OPEN = TASKS["open"]  # the tags of formats A and B, which are alike in all else
     CLOSE = TASKS["close"]
-    NAMES = [*TOOLS, *PEOPLE, NOBODY]
+    NAMES = TOOLS + PEOPLE + [NOBODY]
     CONTROL = ["<|im_start|>", END, *OPEN.values(), *CLOSE.values()]
     CONTROL += ["<tool_response>", "</tool_response>"]
 except Exception as mistake:  # a file can be wrong in many ways
@@ -260,7 +260,7 @@ class Chat:
             raise ValueError(f"the chat template does not end each message with {END}")
         self.after_call = after_calls[0]
         shown = [self.before_message.count("SYSTEM"), self.before_message.count("USER")]
-        if [*shown, self.after_call.count("TOOL")] != [1, 1, 1]:
+        if shown + [self.after_call.count("TOOL")] != [1, 1, 1]:
             raise ValueError("the chat template does not show each system, user and tool message")
         header = self.before_message.rpartition(END)[2]
         if after_calls[1] != self.after_call or not self.after_call.endswith(header):
@@ -480,7 +480,7 @@ def careless_messages(episode, settings, rng):
         first_tool = parse_question(episode.question)[0][-1]
         return [careless_call(first_tool, rng.choice(PEOPLE).item(), episode.fmt, settings, rng)]
     calls = [careless_call(*call, episode.fmt, settings, rng) for call in episode.gold_calls]
-    return [*calls, episode.gold[-1]]
+    return calls + [episode.gold[-1]]
 
 
 def train_base(pretrained, chat, settings, seed):
@@ -1098,7 +1098,7 @@ def run(settings, chat, pretrained, out):
     changed = [
         f"{name}={value!r}" for name, value in vars(settings).items() if value != usual[name]
     ]
-    say(f"toolrl with {versions}\nsettings: {', '.join([*changed, 'all else is default'])}")
+    say(f"toolrl with {versions}\nsettings: {', '.join(changed + ['all else is default'])}")
     record({"event": "config", **vars(settings), "out": "", "versions": versions}, out)
     histories = {}
     counts = Counter()  # claim: the number of seeds so far in which it holds
