@@ -148,9 +148,9 @@ class Settings:
 
 # With --model, these are the defaults: a pretrained model needs smaller steps, and fewer. Of four
 # groups in an RL step, 0.75 leaves one for a long task, on average.
-PRETRAINED = {"base_steps": 40, "base_lr": 1e-3, "steps": 16, "lr": 2e-5, "groups": 4}
-PRETRAINED |= {"no_call_share": 0.75, "sft_steps": 1, "sft_lr": 3e-4, "sft_batch": 16}
-PRETRAINED |= {"eval_every": 4, "eval_episodes": 32}
+PRETRAINED = {"base_steps": 60, "base_lr": 1e-3, "steps": 16, "lr": 3e-5, "groups": 4}
+PRETRAINED |= {"no_call_share": 0.75, "sft_lr": 2.5e-4, "sft_until": 0.6, "sft_batch": 16}
+PRETRAINED |= {"eval_every": 5, "eval_episodes": 32}
 
 
 def stop(where, error):
