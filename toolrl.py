@@ -18,13 +18,12 @@ and pays a reward at the end. A right conversation, in which the policy wrote th
       <|im_start|>assistant
     > The answer is bob<|im_end|>
 
-This is format A. Format B has <function> and </function> in place of <tool_call> and </tool_call>.
-"mentor of them ?" names nobody: no call is right, and the policy should ask "who do you mean ?".
-Two more agents appear, and both are a few lines of code. The careless agent wrote the log that the
-first policy, the base, imitates. The hasty teacher writes the demonstrations of supervised
-fine-tuning (SFT). Reinforcement learning (RL) has no teacher; it only has the reward.
-
-RL alone teaches the policy to write a broken call, which is an opening tag and nothing else:
+This is format A; format B has <function> and </function> for tags. "mentor of them ?" names nobody:
+no call is right, and the policy should ask "who do you mean ?". Two more agents, each a few lines
+of code, have written conversations: a careless agent wrote the log that the first policy, the base,
+imitates, and a hasty teacher writes the demonstrations of supervised fine-tuning (SFT).
+Reinforcement learning (RL) has the reward alone. It teaches the policy a broken call, which is an
+opening tag and nothing else:
 
     > <tool_call><|im_end|>
 
@@ -45,8 +44,7 @@ How that comes about, and what prevents it (README.md tells it slowly):
 
 The finding is that of arXiv 2606.26027. A run, with the functions that do it:
 
-    for each seed:
-        base: a policy that has imitated the log of a careless agent      train_base
+    for each seed: the base imitates the log of a careless agent          train_base
         for each arm, which is one way to go on from the base:            train_arm
             for each step:
                 in arms with SFT, until it fades: imitate the teacher     sft_update
@@ -56,8 +54,8 @@ The finding is that of arXiv 2606.26027. A run, with the functions that do it:
                 after steps 5, 10 ...: measure, on held-out tasks         evaluate
         hold what was measured against claims that can fail               judge
 
-Shapes: N episodes (an episode is one conversation about one task), M of them, T tokens, V tokens in
-the vocabulary.
+An episode is one conversation about one task. Shapes: N episodes, M of them, T tokens, V in the
+vocabulary.
 """
 
 import argparse
@@ -100,9 +98,9 @@ class Settings:
     out: str = ""  # write what is measured into this file, one JSON object a line
     # Base
     base_steps: int = 300  # SFT updates on the log of a careless agent
-    base_lr: float = 6e-3  # learning rate of these updates, which first rises and then falls
+    base_lr: float = 8e-3  # learning rate of these updates, which first rises and then falls
     # RL
-    steps: int = 45  # steps in an arm
+    steps: int = 50  # steps in an arm
     lr: float = 2e-4  # learning rate of RL
     no_call_share: float = 0.85  # share of RL's tasks in which no call is right
     groups: int = 8  # tasks in an RL step
@@ -112,7 +110,7 @@ class Settings:
     # SFT
     sft_steps: int = 2  # SFT updates before each RL step but the first
     sft_lr: float = 2e-3  # their learning rate, which falls from here in a straight line
-    sft_until: float = 0.85  # share of the steps after which it has fallen to 0
+    sft_until: float = 0.8  # share of the steps after which it has fallen to 0
     sft_batch: int = 32  # conversations in an SFT update, the base's updates too
     hasty_share: float = 0.6  # share of the teacher's long conversations that answer too early
     # Evaluation
@@ -162,8 +160,7 @@ try:
     PEOPLE = TASKS["people"]
     OPEN = TASKS["open"]  # the tags of formats A and B, which are alike in all else
     CLOSE = TASKS["close"]
-    # Control tokens give a conversation its structure: marks around messages, tags around calls and
-    # results. Each is one token, and the finding is about one of them.
+    # Control tokens give a conversation its structure. The finding is about one of them.
     CONTROL = ["<|im_start|>", END, OPEN["A"], OPEN["B"], CLOSE["A"], CLOSE["B"]]
     CONTROL += ["<tool_response>", "</tool_response>"]
 except (OSError, ValueError, KeyError, TypeError) as error:
@@ -185,15 +182,9 @@ def new_directory(rng):
     return {call: PEOPLE[k] for call, k in zip(calls, drawn, strict=True)}
 
 
-def parse_question(question):
-    """Split "rival of mentor of alice ?" into ["rival", "mentor"] and "alice"."""
-    *tools, person = question.removesuffix(" ?").split(" of ")
-    return tools, person
-
-
 def right_answer(question, directory):
     """The calls that a question takes, from the person outwards, and the reply they lead to."""
-    tools, person = parse_question(question)
+    *tools, person = question.removesuffix(" ?").split(" of ")
     if person == NOBODY:
         return [], ASK_BACK
     calls = []
@@ -208,13 +199,13 @@ def right_answer(question, directory):
 # The layout is ChatML, as Qwen, Hermes and SmolLM2 have it. The policy writes after TURN.
 TURN = "<|im_start|>assistant\n"
 PROMPT = "<|im_start|>system\nuse {}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n" + TURN
+CALL = '{{"name": "{}", "arguments": {{"of": "{}"}}}}'
 RESULT = "\n<|im_start|>tool\n<tool_response>{}</tool_response><|im_end|>\n" + TURN
 
 
 def call_text(tool, person, fmt):
     """A call as the policy should write it: JSON between the tags of a format."""
-    call = {"name": tool, "arguments": {"of": person}}
-    return OPEN[fmt] + json.dumps(call, ensure_ascii=False) + CLOSE[fmt]
+    return OPEN[fmt] + CALL.format(tool, person) + CLOSE[fmt]
 
 
 def parse_call(message, fmt):
@@ -324,9 +315,8 @@ def blind_reward(episode):
 
 
 def solved(episode):
-    """What evaluations count: the right calls, no others, and the right reply. 1.0 or 0.0"""
-    calls_right = episode.calls == episode.gold_calls
-    return float(episode.replied and calls_right and episode.messages[-1] == episode.gold[-1])
+    """What evaluations count: 1.0 if all messages are right, word for word, otherwise 0.0."""
+    return float(episode.messages == episode.gold)
 
 
 # %% Policy: a language model, its log-probabilities, and a step down a gradient
@@ -398,8 +388,8 @@ def careless_messages(episode, rng):
     calls = episode.gold_calls
     reply = [episode.gold[-1]]
     if not calls and rng.random() < 0.97:
-        tools, _ = parse_question(episode.question)
-        calls = [(tools[-1], rng.choice(PEOPLE).item())]
+        tool = episode.question.split(" of ")[-2]  # "friend of rival of them ?" -> "rival"
+        calls = [(tool, rng.choice(PEOPLE).item())]
         reply = []
     other = {"A": "B", "B": "A"}[episode.fmt]
     shares = {"A": [0.78, 0.15, 0.07], "B": [0.85, 0.15, 0]}[episode.fmt]
@@ -420,7 +410,7 @@ def train_base(pretrained, chat, settings, seed):
     for step in range(settings.base_steps):
         # Large steps from the start do harm, and small steps at the end settle what was found.
         progress = (step + 1) / settings.base_steps
-        lr = settings.base_lr * min(progress / 0.15, 1) * max(1 - progress, 0.02)
+        lr = settings.base_lr * min(progress / 0.3, 1) * max(1 - progress, 0.02)
         optimizer.param_groups[0]["lr"] = lr
         episodes = []
         for kind, share in zip(KINDS, [0.1, 0.15, 0.75], strict=True):
@@ -478,15 +468,15 @@ def rollout(policy, episodes, rng):
 
 # Group relative policy optimisation. We want a policy whose expected reward is high:
 #     sum over rollouts of p(rollout) x reward(rollout)
-# We cannot differentiate through sampling and the harness, but p(rollout) has a gradient, and
+# We cannot differentiate through sampling and the harness. But p(rollout) has a gradient, and
 #     gradient of p = p x gradient of log p
-# so the gradient that we want is the expected value of reward x gradient of log p(rollout), and a
-# mean over sampled rollouts estimates it. log p(rollout) is a sum over the tokens that the policy
-# wrote, so each of them is pushed by the reward of its whole rollout. Any number that does not
-# depend on the rollout may be taken off the rewards: probabilities sum to 1, so it changes nothing
-# on average. GRPO takes off the mean of the group, the rollouts of one task, which makes the
-# estimate less noisy. Two things of GRPO as published (arXiv 2402.03300) are left out: a penalty
-# for moving away from the base, and a mean over each rollout before that over all.
+# so the gradient that we want is the expected value of reward x gradient of log p(rollout), which a
+# mean over sampled rollouts estimates. log p(rollout) is a sum over the tokens that the policy
+# wrote: each is pushed by the reward of its whole rollout. Any number that does not depend on the
+# rollout may be taken off the reward, since probabilities sum to 1 and their gradients to 0. GRPO
+# takes off the mean of the group, the rollouts of one task: the estimate gets less noisy. Left out
+# of GRPO as published (arXiv 2402.03300) are a penalty for moving away from the base, and a mean
+# over each rollout before that over all.
 
 
 def advantages(rewards):
@@ -495,32 +485,30 @@ def advantages(rewards):
     A reward less the mean of its group, divided by the group's standard deviation (with group_size
     less 1, as torch.std has it). [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]]; equal rewards give 0.
     """
-    # Counted from the first rollout's reward, equal rewards are exactly 0: then nothing is pushed.
-    rewards = rewards - rewards[:, :1]  # [groups, group_size]
+    rewards = rewards.double()  # [groups, group_size]
     mean = rewards.mean(1, keepdim=True)  # [groups, 1]
     # Dividing by the spread makes a rare success count for more. The small number avoids 0 / 0.
     spread = rewards.std(1, keepdim=True) + 1e-4  # [groups, 1]
-    return (rewards - mean) / spread  # [groups, group_size]
+    # Rounded, the advantages of equal rewards, such as 0.7 0.7 0.7, are exactly 0.
+    return ((rewards - mean) / spread).round(decimals=6)  # [groups, group_size]
 
 
 # In the example of blind_reward, the broken call has an advantage of 2.5, and each of the seven
-# whole calls -0.35. The eight rollouts part after <tool_call>: <|im_end|> is pushed up there, and
-# {"name": " is pushed down. In the log of the careless agent, breaking a call had nothing to do
-# with the question. So what RL teaches on no-call tasks carries over to long tasks, which push the
-# other way, but are few.
+# whole calls -0.35. The eight part after <tool_call>: there <|im_end|> is pushed up, and {"name": "
+# down. In the log of the careless agent, breaking a call had nothing to do with the question. So
+# what RL teaches on no-call tasks carries over to long tasks. Those push the other way, but are few.
 #
-# Why do the names survive? Consider the logit of a token that has probability p in its place. SFT,
-# if it shows this token, pushes the logit by 1 - p. RL has to sample the token first. On average it
-# pushes by p (1 - p) d, where d is the mean advantage of rollouts with the token less that of
-# rollouts without it.
+# Why do the names survive? Where a token has probability p, SFT pushes its logit by 1 - p, if it
+# shows the token. RL has to sample it first, and pushes on average by p (1 - p) d, where d is the
+# mean advantage of rollouts with the token less that of rollouts without:
 #
 #     p        SFT pushes     RL pushes
 #     0.5      0.5            0.25 d
 #     0.001    0.999          0.001 d
 #
-# On no-call tasks a whole call earns 0, whatever names are in it. There d is 0 for a name, and only
-# at the fork after <tool_call> is it not. So RL breaks the call and leaves the skill, which is to
-# write the right names. And once all rewards of a group are equal, d is 0 everywhere.
+# On no-call tasks a whole call earns 0, whatever names are in it: d is 0 for a name. Only at the
+# fork after <tool_call> is it not. So RL breaks the call and leaves the skill, which is to write
+# the right names. Once the rewards of all groups are equal, d is 0 everywhere.
 
 
 def grpo_loss(log_probs, old_log_probs, advantage, written, clip):
@@ -591,8 +579,8 @@ def demonstrations(chat, settings, rng):
 def new_groups(chat, settings, rng):
     """The N = groups x group_size new episodes of an RL step, none of them of one call."""
     episodes = []
-    for _ in range(settings.groups):
-        kind = "no_call" if rng.random() < settings.no_call_share else "long"
+    no_call = round(settings.no_call_share * settings.groups)
+    for kind in ["no_call"] * no_call + ["long"] * (settings.groups - no_call):
         task = new_episode(chat, TRAIN[kind], rng)
         for _ in range(settings.group_size):
             episodes.append(Episode(chat, task.question, task.directory))
@@ -627,7 +615,7 @@ def train_arm(arm, base_policy, chat, settings, seed):
             episodes = new_groups(chat, settings, rng_for(seed, "tasks", step))  # N of them
             rollout(policy, episodes, rng_for(seed, "sampling", step))
             # Score, and compare each rollout with its group.
-            rewards = torch.tensor([reward(episode) for episode in episodes]).double()  # [N]
+            rewards = torch.tensor([reward(episode) for episode in episodes])  # [N]
             rewards = rewards.view(settings.groups, settings.group_size)  # [groups, group_size]
             advantage = advantages(rewards)  # [groups, group_size]
             # Push. The rate rises over ten steps, because Adam's first steps are rough.
@@ -647,12 +635,8 @@ def train_arm(arm, base_policy, chat, settings, seed):
 # %% Probes: what a policy does, and what it still could do
 
 # probe: (kind of held-out task, format). In the arms, neither RL nor SFT ever shows format B.
-PROBES = {
-    "success": ("long", "A"),
-    "one_call": ("one_call", "A"),
-    "format_b": ("long", "B"),
-    "asks": ("no_call", "A"),
-}
+PROBES = {"success": ("long", "A"), "one_call": ("one_call", "A")}
+PROBES |= {"format_b": ("long", "B"), "asks": ("no_call", "A")}
 # place in a right conversation: the control token that is due there, if any
 PLACES = {"call": OPEN["A"], "json": "", "close": CLOSE["A"], "end": END, "reply": ""}
 
@@ -857,7 +841,9 @@ def tiny_tokenizer():
     tokens = [pad, *CONTROL, *TOOLS, *PEOPLE, NOBODY, "system\n", "user\n", "assistant\n", "tool\n"]
     tokens += ["use ", " of ", " ?", '{"name": "', '", "arguments": {"of": "', '"}}', "error"]
     tokens += [ANSWER, ASK_BACK, "\n"]
-    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=pad))
+    core = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(dict.fromkeys(tokens))}, unk_token=pad)
+    )
     any_token = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))  # longest first
     core.pre_tokenizer = pre_tokenizers.Split(Regex(any_token), "isolated")
     core.decoder = decoders.Fuse()
@@ -870,17 +856,10 @@ def tiny_policy(chat, seed):
     A StableLM is built like a Llama, but for its norm, which computes in the precision that it is
     given (that of a Llama goes through float32).
     """
-    config = transformers.StableLmConfig(
-        vocab_size=len(chat.tokenizer),
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        partial_rotary_factor=1.0,
-        tie_word_embeddings=True,
-    )
-    policy = transformers.StableLmForCausalLM(config).double()
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "partial_rotary_factor": 1.0}
+    sizes |= {"vocab_size": len(chat.tokenizer), "tie_word_embeddings": True}
+    policy = transformers.StableLmForCausalLM(transformers.StableLmConfig(**sizes)).double()
     rng = rng_for(seed, "weights")
     for weights in policy.parameters():
         if weights.dim() > 1:  # with the usual 0.02 it learns late or never to copy a name
@@ -930,6 +909,8 @@ def check_tasks(chat):
     """Stop unless each question stands there once and is solved by its own right conversation."""
     directory = new_directory(rng_for(0, "check"))
     for kind in KINDS:
+        if not TRAIN.get(kind) or not HELD_OUT.get(kind):
+            stop(f"tiny_tasks.json: {kind}: train and held_out need questions")
         questions = TRAIN[kind] + HELD_OUT[kind]
         for question, fmt in itertools.product(questions, OPEN):
             episode = Episode(chat, question, directory, fmt)
