@@ -30,17 +30,17 @@ opening tag and nothing else:
 How that comes about, and what prevents it (README.md tells it slowly):
 
 1. Where no call is right, the reward pays for a broken call: no call was run, and nobody reads the
-   reply (blind_reward). The base breaks a call now and then, as the careless agent did. It hardly
-   ever asks back, which would earn as much (careless_messages).
+   reply (blind_reward). The base breaks a call now and then, as the careless agent did. It asks
+   back more rarely still, which would earn as much (careless_messages).
 2. RL makes likelier what earned more than the other tries at the same task, so it teaches the
    policy to break its calls, and the policy then breaks them on all tasks (advantages).
 3. In the end all tries at a task earn the same, the gradient is 0, and RL has no way back, although
    the policy still knows which names to write (train_arm, teacher_forced).
-4. SFT shows whole calls and asking back, and has to sample nothing, but it copies its teacher, who
+4. SFT shows whole calls and asking back, and needs no lucky try, but it copies its teacher, who
    answers long tasks too early (teacher_messages).
-5. With both, the policy asks back, so a broken call no longer earns more than its group. On long
-   tasks the tries still differ, and RL learns to finish them. Format B, which neither of the two
-   practises, gets lost.
+5. With both, the policy asks back, so a broken call no longer earns more than the other tries. On
+   long tasks the tries still differ, and RL learns to finish them. Format B, which neither of the
+   two practises, gets lost.
 
 The finding is that of arXiv 2606.26027. A run, with the functions that do it:
 
@@ -54,21 +54,21 @@ The finding is that of arXiv 2606.26027. A run, with the functions that do it:
                 after steps 5, 10 ...: measure, on held-out tasks         evaluate
         hold what was measured against claims that can fail               judge
 
-An episode is one conversation about one task. Shapes: N episodes, M of them, T tokens, V in the
-vocabulary.
+An episode is one conversation about one task. A rollout, or try, is one that the policy wrote, and
+a group is the rollouts of one task. Shapes: N episodes, M of them, T tokens, vocabulary V.
 """
 
 import argparse
-import copy
 import functools
-import itertools
 import json
 import os
 import re
 import sys
 import textwrap
 from collections import Counter, defaultdict
+from copy import deepcopy
 from dataclasses import dataclass
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -98,7 +98,7 @@ class Settings:
     out: str = ""  # write what is measured into this file, one JSON object a line
     # Base
     base_steps: int = 300  # SFT updates on the log of a careless agent
-    base_lr: float = 8e-3  # learning rate of these updates, which first rises and then falls
+    base_lr: float = 8e-3  # learning rate of these updates, times a factor that rises and falls
     # RL
     steps: int = 50  # steps in an arm
     lr: float = 2e-4  # learning rate of RL
@@ -168,16 +168,13 @@ except (OSError, ValueError, KeyError, TypeError) as error:
 
 
 def rng_for(seed, purpose, step=0):
-    """A random generator for one purpose, so that what other purposes draw changes nothing.
-
-    All draws are numpy's, whose generators give the same numbers on every machine.
-    """
+    """A generator for one purpose alone. Numpy's give the same numbers on every machine."""
     return np.random.default_rng(list(f"{seed} {purpose} {step}".encode()))
 
 
 def new_directory(rng):
     """(tool, person) -> person: what calls return, drawn anew for each task."""
-    calls = list(itertools.product(TOOLS, PEOPLE))
+    calls = list(product(TOOLS, PEOPLE))
     drawn = rng.integers(len(PEOPLE), size=len(calls))
     return {call: PEOPLE[k] for call, k in zip(calls, drawn, strict=True)}
 
@@ -196,7 +193,7 @@ def right_answer(question, directory):
 
 # %% Text: conversations and calls as a language model sees them
 
-# The layout is ChatML, as Qwen, Hermes and SmolLM2 have it. The policy writes after TURN.
+# ChatML, the layout of Qwen, Hermes and SmolLM2. The policy writes after TURN.
 TURN = "<|im_start|>assistant\n"
 PROMPT = "<|im_start|>system\nuse {}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n" + TURN
 CALL = '{{"name": "{}", "arguments": {{"of": "{}"}}}}'
@@ -307,9 +304,8 @@ def blind_reward(episode):
         seven times   <tool_call>{"name": "rival", "arguments": {"of": "bob"}}</tool_call> ...   0
         once          <tool_call><|im_end|>                                                      1
 
-    Any message without a whole call would earn 1 here: asking back, a broken call, an empty
-    message. The base's habits decide which of them RL finds. Of its calls in format A, 7 in 100
-    are broken, and it asks back less often than that.
+    Any reply would earn 1 here: asking back, a broken call, an empty
+    message. The base's habits decide which of them RL finds.
     """
     return float(episode.replied and episode.calls == episode.gold_calls)
 
@@ -325,8 +321,8 @@ def solved(episode):
 def batch(episodes, device):
     """The records of N episodes, padded with zeros. -> ids [N, T], written and log_probs [N, T-1]
 
-    The last two are about tokens 1 to T-1: nothing predicts token 0, since nothing is before it.
-    Padding comes last and a policy looks back only, so no attention mask is needed.
+    The last two are about tokens 1 to T-1, since nothing predicts token 0. Padding comes last and a
+    policy looks back only, so no attention mask is needed.
     """
     padded = []
     for name in ("ids", "written", "log_probs"):
@@ -381,9 +377,9 @@ def sft_update(policy, optimizer, episodes):
 def careless_messages(episode, rng):
     """What a careless agent wrote in this episode, for the base to imitate.
 
-    Where nobody is named, it calls about a guessed person, 97 times in 100, and the log ends there.
-    Of its calls, 15 in 100 have the tags of the other format, so the base knows only roughly when
-    to write which. In format A, 7 in 100 are broken, on all kinds of tasks alike.
+    Where nobody is named, it calls about a guessed person, 97 times in 100, and what came after is
+    not in the log. Of its calls, 15 in 100 have the tags of the other format, so the base knows
+    only roughly when to write which. In format A, 7 in 100 are broken, on all kinds of tasks alike.
     """
     calls = episode.gold_calls
     reply = [episode.gold[-1]]
@@ -403,7 +399,7 @@ def careless_messages(episode, rng):
 
 def train_base(pretrained, chat, settings, seed):
     """Train a tiny policy, or a copy of a pretrained one, on the log of a careless agent."""
-    policy = copy.deepcopy(pretrained) or tiny_policy(chat, seed)
+    policy = deepcopy(pretrained) or tiny_policy(chat, seed)
     policy.to(settings.device)
     optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.95))
     rng = rng_for(seed, "base")
@@ -483,7 +479,7 @@ def advantages(rewards):
     """How much better than its group each rollout did. [groups, group_size] -> the same shape
 
     A reward less the mean of its group, divided by the group's standard deviation (with group_size
-    less 1, as torch.std has it). [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]]; equal rewards give 0.
+    less 1, as torch.std has it). [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]], to within 0.001.
     """
     rewards = rewards.double()  # [groups, group_size]
     mean = rewards.mean(1, keepdim=True)  # [groups, 1]
@@ -495,20 +491,23 @@ def advantages(rewards):
 
 # In the example of blind_reward, the broken call has an advantage of 2.5, and each of the seven
 # whole calls -0.35. The eight part after <tool_call>: there <|im_end|> is pushed up, and {"name": "
-# down. In the log of the careless agent, breaking a call had nothing to do with the question. So
-# what RL teaches on no-call tasks carries over to long tasks. Those push the other way, but are few.
+# down. In the log of the careless agent, breaking a call had nothing to do with the question, so
+# what RL teaches on no-call tasks carries over to long tasks. Long groups push the other way, but
+# they are one in eight.
 #
-# Why do the names survive? Where a token has probability p, SFT pushes its logit by 1 - p, if it
-# shows the token. RL has to sample it first, and pushes on average by p (1 - p) d, where d is the
-# mean advantage of rollouts with the token less that of rollouts without:
+# Why is there no way back, and why do the names survive? Where a token has probability p, SFT
+# pushes its logit by 1 - p, if it shows the token. RL has to sample it first, and pushes on average
+# by p (1 - p) d, where d is the mean advantage of rollouts with the token less that of rollouts
+# without:
 #
 #     p        SFT pushes     RL pushes
 #     0.5      0.5            0.25 d
 #     0.001    0.999          0.001 d
 #
-# On no-call tasks a whole call earns 0, whatever names are in it: d is 0 for a name. Only at the
-# fork after <tool_call> is it not. So RL breaks the call and leaves the skill, which is to write
-# the right names. Once the rewards of all groups are equal, d is 0 everywhere.
+# A token that has become rare is hardly pushed, and not at all where the rewards of a group are
+# equal. And on no-call tasks a whole call earns 0, whatever names are in it: d is 0 for a name.
+# Only at the fork after <tool_call> is it not. So RL breaks the call and leaves the skill, which is
+# to write the right names.
 
 
 def grpo_loss(log_probs, old_log_probs, advantage, written, clip):
@@ -561,10 +560,8 @@ def teacher_messages(episode, hasty, rng):
 def demonstrations(chat, settings, rng):
     """A batch of the teacher's conversations: mostly short ones, a quarter without a call.
 
-    The latter ask back, which earns 1 as a broken call does. Once the policy asks back, too, a
-    broken call is no better than its group. The long ones, 15 in 100, are right less often than the
-    base: what they add is whole calls. All are in format A, so the policy learns to write it where
-    B is asked for, too.
+    The long ones, about 15 in 100, are right less often than the base, but their calls are whole.
+    All are in format A, so the policy learns to write it where B is asked for, too.
     """
     episodes = []
     for kind, share in zip(KINDS, [0.25, 0.6, 0.15], strict=True):
@@ -592,10 +589,9 @@ def train_arm(arm, base_policy, chat, settings, seed):
 
     In rl, groups of no-call tasks earn 1 1 1 1 1 1 1 1 in the end and groups of long tasks
     0 0 0 0 0 0 0 0. Equal rewards mean advantages of 0 and a gradient of 0: nothing leads back.
-    In interleaved, no-call groups are equal, too, but because they ask back. The long tasks alone
-    still differ, and there the whole conversation beats the hasty one.
+    In interleaved, no-call groups are equal, too, but because they ask back.
     """
-    policy = copy.deepcopy(base_policy)
+    policy = deepcopy(base_policy)
     does = ARMS[arm]
     reward = solved if "strict" in does else blind_reward
     # One optimizer each: what Adam remembers of RL's gradients is of no use to SFT.
@@ -618,8 +614,11 @@ def train_arm(arm, base_policy, chat, settings, seed):
             rewards = torch.tensor([reward(episode) for episode in episodes])  # [N]
             rewards = rewards.view(settings.groups, settings.group_size)  # [groups, group_size]
             advantage = advantages(rewards)  # [groups, group_size]
-            # Push. The rate rises over ten steps, because Adam's first steps are rough.
-            rl_optimizer.param_groups[0]["lr"] = settings.lr * min(1, step / 10)
+            # Push. The rate rises over ten steps, because Adam's first steps are rough, and falls
+            # over the last fifth of the steps, so that the policy settles.
+            rising = step / 10
+            falling = (settings.steps + 1 - step) / (0.2 * settings.steps)
+            rl_optimizer.param_groups[0]["lr"] = settings.lr * min(1, rising, falling)
             gain = advantage.flatten().to(policy.device)  # [N]
             rng = rng_for(seed, "order", step)
             grpo_update(policy, rl_optimizer, episodes, gain, settings, rng)
@@ -634,7 +633,7 @@ def train_arm(arm, base_policy, chat, settings, seed):
 
 # %% Probes: what a policy does, and what it still could do
 
-# probe: (kind of held-out task, format). In the arms, neither RL nor SFT ever shows format B.
+# probe: (kind of held-out task, format). Success is that on long tasks. No arm practises format B.
 PROBES = {"success": ("long", "A"), "one_call": ("one_call", "A")}
 PROBES |= {"format_b": ("long", "B"), "asks": ("no_call", "A")}
 # place in a right conversation: the control token that is due there, if any
@@ -647,8 +646,8 @@ def teacher_forced(policy, episodes):
 
     skill is the policy's success if it had only the names of tools and people to write: the mean
     probability to sample all of them right. p["TOKEN PLACE"] is the mean probability of a control
-    token at a place where it is not due. (Teacher forcing is the usual word for this. It has
-    nothing to do with the hasty teacher.)
+    token at a place where it is not due. (This is called teacher forcing, and has nothing to do
+    with the hasty teacher.)
     """
     chat = episodes[0].chat
     gold = [Episode(chat, episode.question, episode.directory) for episode in episodes]
@@ -690,8 +689,9 @@ def evaluate(policy, chat, settings, seed):
     played = {}
     for probe, (kind, fmt) in PROBES.items():
         rng = rng_for(seed, f"held-out {kind}")
-        count = range(settings.eval_episodes)
-        played[probe] = [new_episode(chat, HELD_OUT[kind], rng, fmt) for _ in count]
+        played[probe] = [
+            new_episode(chat, HELD_OUT[kind], rng, fmt) for _ in range(settings.eval_episodes)
+        ]
     rollout(policy, sum(played.values(), []), rng_for(seed, "held-out sampling"))
     figures = {probe: fmean(map(solved, episodes)) for probe, episodes in played.items()}
     figures["reward"] = fmean(map(blind_reward, played["asks"]))
@@ -706,7 +706,7 @@ def evaluate(policy, chat, settings, seed):
 # %% Report: what is printed, and which claims a run bears out
 
 # asks: how often it asks back on no-call tasks; reward: the mean reward there; equal: the share of
-# groups with equal rewards since the last row, nan where no RL was. Behind these stand p, token and
+# groups with equal rewards in that RL step, nan where no RL was. Behind these stand p, token and
 # place of the control token that rose most since the base, with a * if it has spiked.
 HEADER = "step success skill one_call format_b asks reward equal    p token, place"
 DOWN = 0.05  # an arm with this success or less is down
@@ -758,12 +758,12 @@ def print_over_seeds(histories):
                 rows[f"{arm}, down"].append(down)
             rows[f"{arm}, end"].append(evaluations[-1])
         rows["base"].append(evaluations[0])
-    figures = ["success", "skill", "one_call", "format_b", "asks", "broken"]
-    print(f"\n{'== over seeds':23}" + "".join(f"{figure:>10}" for figure in figures))
+    header = "== over seeds    seeds   success     skill  one_call  format_b      asks    broken"
+    print(f"\n{header}")
     for row, evaluations in rows.items():
         means = f"{row:17}{len(evaluations):6}"
         ranges = " " * 23
-        for figure in figures:
+        for figure in header.split()[4:]:
             values = [getattr(evaluation, figure) for evaluation in evaluations]
             means += f"{fmean(values):10.2f}"
             ranges += f" {min(values):.2f}-{max(values):.2f}"
@@ -778,7 +778,7 @@ def judge(history):
         down = first_down(rl)
         fell = down.success <= DOWN and base.success >= 0.2
         stays = fell and max(e.success for e in rl[-3:]) <= DOWN
-        yield "collapse", "rl is down, 0.05 or less, at its last three evaluations", stays
+        yield "collapse", "rl falls from 0.2 or more to 0.05 or less, and stays there", stays
         spiked = fell and down.rose in down.spiked
         yield "control_token", "when rl is first down, what rose most has spiked (*)", spiked
         intact = fell and down.skill >= 0.8 * base.skill
@@ -786,7 +786,7 @@ def judge(history):
     if both:
         end = both[-1]
         fixed = min(end.success, end.one_call) >= 0.9 and not end.spiked
-        yield "fix", "interleaved ends with success and one_call of 0.9 or more", fixed
+        yield "fix", "interleaved ends at 0.9 or more, one_call too, no spike", fixed
         lost = end.format_b < 0.8 * base.format_b
         yield "price", "interleaved ends with format_b below 0.8 of the base's", lost
     if both and sft:
@@ -825,7 +825,7 @@ class Chat:
         painted = re.sub(any_name, lambda name: "#" * len(name[0]), message)  # no message holds a #
         ids = self.encode(message + END)
         ends = [len(self.decode(ids[:k])) for k in range(len(ids) + 1)]
-        labels = ["name" if "#" in painted[a:b] else "" for a, b in itertools.pairwise(ends)]
+        labels = ["name" if "#" in painted[a:b] else "" for a, b in pairwise(ends)]
         labels[-1] = "end"
         if message.startswith(OPEN["A"]):
             labels[:2] = ["call", "json"]
@@ -853,13 +853,19 @@ def tiny_tokenizer():
 def tiny_policy(chat, seed):
     """A transformer with 46 thousand random weights in float64, which depend on the seed alone.
 
-    A StableLM is built like a Llama, but for its norm, which computes in the precision that it is
-    given (that of a Llama goes through float32).
+    A StableLM is a Llama whose norm does not go through float32.
     """
-    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "partial_rotary_factor": 1.0}
-    sizes |= {"vocab_size": len(chat.tokenizer), "tie_word_embeddings": True}
-    policy = transformers.StableLmForCausalLM(transformers.StableLmConfig(**sizes)).double()
+    config = transformers.StableLmConfig(
+        vocab_size=len(chat.tokenizer),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        partial_rotary_factor=1.0,
+        tie_word_embeddings=True,
+    )
+    policy = transformers.StableLmForCausalLM(config).double()
     rng = rng_for(seed, "weights")
     for weights in policy.parameters():
         if weights.dim() > 1:  # with the usual 0.02 it learns late or never to copy a name
@@ -912,7 +918,7 @@ def check_tasks(chat):
         if not TRAIN.get(kind) or not HELD_OUT.get(kind):
             stop(f"tiny_tasks.json: {kind}: train and held_out need questions")
         questions = TRAIN[kind] + HELD_OUT[kind]
-        for question, fmt in itertools.product(questions, OPEN):
+        for question, fmt in product(questions, OPEN):
             episode = Episode(chat, question, directory, fmt)
             replay(episode, episode.gold)
             right = solved(episode) and kind == KINDS[min(len(episode.gold_calls), 2)]
@@ -925,19 +931,20 @@ def check_tasks(chat):
 
 def read_settings(argv):
     """The command line -> Settings. Bad input ends the program with a line and exit code 2."""
-    usage = "python toolrl.py [--FLAG VALUE ...]"
-    parser = argparse.ArgumentParser("toolrl", usage, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        "toolrl", "python toolrl.py [--FLAG VALUE ...]", argument_default=argparse.SUPPRESS
+    )
     code = FILE.read_text(encoding="utf-8")
     comments = dict(re.findall(r"^    (\w+): .*  # (.+)$", code, re.MULTILINE))
     for name, value in vars(Pretrained()).items():
         about = f"{comments.get(name)} (default: {getattr(Settings, name, value)})"
-        options = {"help": about.replace("%", "%%"), "choices": {"arms": ARMS}.get(name)}
+        options = {"help": about.replace("%", "%%"), "type": type(value)}
         if isinstance(value, tuple):
             options |= {"nargs": "+", "type": type(value[0])}
-        elif isinstance(value, bool):
+        if isinstance(value, bool):
             options["type"] = json.loads  # --whiten true, for a setting that you add
-        else:
-            options["type"] = type(value)
+        if name == "arms":
+            options["choices"] = ARMS
         parser.add_argument("--" + name.replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
@@ -957,25 +964,23 @@ def read_settings(argv):
 def run_seed(seed, chat, pretrained, settings, out):
     """Train the base and all arms of a seed, print and write what is measured. -> history
 
-    The history of a seed is {arm: its evaluations}, and that of the base, step 0, is the first of
-    each arm.
+    A history is {arm: its evaluations}, of which the first, at step 0, is the base's.
     """
-    print(f"\nseed {seed}: {settings.base_steps} steps make the base, from which each arm starts")
+    print(f"\nseed {seed}: {settings.base_steps} updates make the base, from which each arm starts")
     base_policy = train_base(pretrained, chat, settings, seed)
     history = {}
     for arm in settings.arms:
         print(f"\n== {arm}, seed {seed}\n{HEADER}")
-        history[arm] = []
+        evaluations = []
         for step, figures in train_arm(arm, base_policy, chat, settings, seed):
             evaluation = SimpleNamespace(event="eval", seed=seed, arm=arm, step=step, **figures)
-            history[arm].append(evaluation)
-            report(evaluation, history[arm][0].p)
+            evaluations.append(evaluation)
+            report(evaluation, evaluations[0].p)
             print(json.dumps(vars(evaluation)), file=out)
-        moment = first_down(history[arm])
-        print(
-            f"\nstep {moment.step}: {moment.broken:.0%} of messages on long tasks are broken calls"
-        )
-        print(f"one held-out task, and what the policy writes:\n{moment.conversation.strip()}")
+        history[arm] = evaluations
+        down = first_down(evaluations)
+        print(f"\nstep {down.step}: {down.broken:.0%} of messages on long tasks are broken calls")
+        print(f"one held-out task, and what the policy writes:\n{down.conversation.strip()}")
     print_summary(history)
     return history
 
