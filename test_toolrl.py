@@ -987,13 +987,13 @@ rl           success ▅▅▁▁
 rl           p       ▁▁▄▁
 
 == claims, seed 0, and in how many seeds so far, of 2
-collapse      no   1  rl is down, 0.05 or less, at its last three evaluations
+collapse      no   1  rl falls from 0.2 or more to 0.05 or less, and stays there
 control_token yes  2  when rl is first down, what rose most has spiked (*)
 intact        yes  2  rl then has 0.8 or more of the base's skill
-fix           yes  2  interleaved ends with success and one_call of 0.9 or more
+fix           yes  2  interleaved ends at 0.9 or more, one_call too, no spike
 price         yes  2  interleaved ends with format_b below 0.8 of the base's
 
-== over seeds             success     skill  one_call  format_b      asks    broken
+== over seeds    seeds   success     skill  one_call  format_b      asks    broken
 interleaved, end      2      0.90      1.00      0.90      0.63      0.10      0.02
                         0.90-0.90 1.00-1.00 0.90-0.90 0.63-0.63 0.10-0.10 0.02-0.02
 rl, down              2      0.05      0.80      0.90      0.80      0.10      0.02
