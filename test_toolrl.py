@@ -1108,7 +1108,7 @@ def test_a_run_depends_on_nothing_beside_it(tmp_path):
     assert len(alone) == 1 + 3 * 3 and {event["event"] for event in alone[1:]} == {"eval"}
 
 
-def test_figures_are_the_same_without_simd_and_with_two_threads(tmp_path):
+def test_slow_figures_are_the_same_without_simd_and_with_two_threads(tmp_path):
     flags = shlex.split("--device cpu --base-steps 40 --steps 8 --arms rl interleaved --lr 0.002")
     flags += shlex.split("--eval-episodes 10 --eval-every 4 --group-size 4 --sft-batch 16 --out")
     two = "import torch, toolrl, sys; torch.set_num_threads(2); torch.set_num_threads = int;"
@@ -1335,4 +1335,4 @@ def test_slow_a_block_of_the_readme_is_what_the_default_run_prints(block, defaul
 def test_slow_the_whole_story(default_run):
     claims = re.findall(r"^(\w+) +(yes|no) +\d  ", default_run, re.M)
     assert claims == [(claim, "yes") for claim in CLAIMS if claim != "cause"]
-    assert max(map(len, default_run.splitlines())) <= 80
+    assert max(map(len, default_run.splitlines())) <= 100
