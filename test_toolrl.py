@@ -1163,7 +1163,7 @@ def test_ctrl_c_leaves_what_was_measured_and_exits_with_130(tmp_path):
     run.stdout.close()
     assert run.wait() == 130 and b"Traceback" not in run.stderr.read()
     events = [json.loads(line)["event"] for line in out.read_text().splitlines()]
-    assert events[:3] == ["config", "eval", "eval"]
+    assert events[:2] == ["config", "eval"]  # the row comes before its line is written
 
 
 def test_a_console_that_cannot_write_a_character_gets_a_question_mark():
