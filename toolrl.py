@@ -611,7 +611,7 @@ def train_arm(arm, base_policy, chat, settings, seed):
             episodes = new_groups(chat, settings, rng_for(seed, "tasks", step))  # N of them
             rollout(policy, episodes, rng_for(seed, "sampling", step))
             # Score, and compare each rollout with its group.
-            rewards = torch.tensor([reward(episode) for episode in episodes])  # [N]
+            rewards = torch.tensor([reward(episode) for episode in episodes]).double()  # [N]
             rewards = rewards.view(settings.groups, settings.group_size)  # [groups, group_size]
             advantage = advantages(rewards)  # [groups, group_size]
             # Push. The rate rises over ten steps, because Adam's first steps are rough, and falls
