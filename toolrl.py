@@ -20,20 +20,21 @@ and pays a reward at the end. A right conversation, in which the policy wrote th
 
 This is format A; format B has <function> and </function> for tags. "mentor of them ?" names nobody:
 no call is right, and the policy should ask "who do you mean ?". Two more agents, each a few lines
-of code, have written conversations: a careless agent wrote the log that the first policy, the base,
-imitates, and a hasty teacher writes the demonstrations of supervised fine-tuning (SFT).
-Reinforcement learning (RL) has the reward alone. It teaches the policy a broken call, which is an
+of code, write conversations: a careless agent wrote the log from which the first policy, the base,
+has learned, and a hasty teacher writes the demonstrations of supervised fine-tuning (SFT).
+Reinforcement learning (RL) sees only the reward. It teaches the policy a broken call, which is an
 opening tag and nothing else:
 
     > <tool_call><|im_end|>
 
 How that comes about, and what prevents it (README.md tells it slowly):
 
-1. Where no call is right, the reward pays for a broken call: no call was run, and nobody reads the
-   reply (blind_reward). The base breaks a call now and then, as the careless agent did. It asks
-   back more rarely still, which would earn as much (careless_messages).
+1. Where no call is right, the reward pays for a broken call: it counts as a reply, and nobody
+   reads replies (blind_reward). The base breaks a call now and then, as the careless agent did. It
+   asks back more rarely still, which would earn as much (careless_messages).
 2. RL makes likelier what earned more than the other tries at the same task, so it teaches the
-   policy to break its calls, and the policy then breaks them on all tasks (advantages).
+   policy to break its calls. The policy then breaks them on long tasks, too, where a broken call
+   earns 0 (advantages).
 3. In the end all tries at a task earn the same, the gradient is 0, and RL has no way back, although
    the policy still knows which names to write (train_arm, teacher_forced).
 4. SFT shows whole calls and asking back, and needs no lucky try, but it copies its teacher, who
@@ -55,7 +56,7 @@ The finding is that of arXiv 2606.26027. A run, with the functions that do it:
         hold what was measured against claims that can fail               judge
 
 An episode is one conversation about one task. A rollout, or try, is one that the policy wrote, and
-a group is the rollouts of one task. Shapes: N episodes, M of them, T tokens, vocabulary V.
+a group is the rollouts of one task. Shapes: N episodes, M a part of them, T tokens, vocabulary V.
 """
 
 import argparse
@@ -104,14 +105,14 @@ class Settings:
     lr: float = 2e-4  # learning rate of RL
     no_call_share: float = 0.85  # share of RL's tasks in which no call is right
     groups: int = 8  # tasks in an RL step
-    group_size: int = 8  # rollouts of each of these tasks
+    group_size: int = 8  # rollouts of each task in an RL step
     minibatches: int = 4  # updates from the rollouts of one RL step
     clip: float = 0.2  # a token is pushed no further once its probability has changed by this share
     # SFT
-    sft_steps: int = 2  # SFT updates before each RL step but the first
-    sft_lr: float = 2e-3  # their learning rate, which falls from here in a straight line
-    sft_until: float = 0.8  # share of the steps after which it has fallen to 0
-    sft_batch: int = 32  # conversations in an SFT update, the base's updates too
+    sft_steps: int = 2  # SFT updates in each step but the first
+    sft_lr: float = 2e-3  # learning rate of SFT, which falls from here in a straight line
+    sft_until: float = 0.8  # share of the steps after which SFT's learning rate is 0
+    sft_batch: int = 32  # conversations in an SFT update, and in an update of the base
     hasty_share: float = 0.6  # share of the teacher's long conversations that answer too early
     # Evaluation
     eval_every: int = 5  # steps from one evaluation to the next
@@ -129,7 +130,6 @@ class Pretrained(Settings):
     groups: int = 4
     no_call_share: float = 0.75
     sft_lr: float = 2.5e-4
-    sft_until: float = 0.6
     sft_batch: int = 16
     eval_episodes: int = 32
     model: str = ""  # start from this checkpoint, a folder or a hub name, not from a tiny model
@@ -175,8 +175,7 @@ def rng_for(seed, purpose, step=0):
 def new_directory(rng):
     """(tool, person) -> person: what calls return, drawn anew for each task."""
     calls = list(product(TOOLS, PEOPLE))
-    drawn = rng.integers(len(PEOPLE), size=len(calls))
-    return {call: PEOPLE[k] for call, k in zip(calls, drawn, strict=True)}
+    return dict(zip(calls, rng.choice(PEOPLE, len(calls)).tolist(), strict=True))
 
 
 def right_answer(question, directory):
@@ -285,7 +284,7 @@ def new_episode(chat, questions, rng, fmt="A"):
 
 
 def replay(episode, messages):
-    """Write messages that somebody else chose, until the harness ends it. -> the episode"""
+    """Write messages that somebody else chose, until the episode is done. -> the episode"""
     for message in messages:
         for token in episode.chat.encode(message + END):
             if not episode.done:
@@ -304,8 +303,8 @@ def blind_reward(episode):
         seven times   <tool_call>{"name": "rival", "arguments": {"of": "bob"}}</tool_call> ...   0
         once          <tool_call><|im_end|>                                                      1
 
-    Any reply would earn 1 here: asking back, a broken call, an empty
-    message. The base's habits decide which of them RL finds.
+    Any reply would earn 1 here: asking back, a broken call, an empty message. RL finds the one that
+    the base writes most often.
     """
     return float(episode.replied and episode.calls == episode.gold_calls)
 
@@ -339,7 +338,7 @@ def token_log_probs(policy, ids):
 
 
 def descend(policy, optimizer, loss):
-    """One step down the gradient, cut to norm 1. RuntimeError if the gradient is not finite."""
+    """One step down the gradient, clipped to norm 1. RuntimeError if the gradient is not finite."""
     optimizer.zero_grad()
     loss.backward()
     clip_grad_norm_(policy.parameters(), 1.0, error_if_nonfinite=True)
@@ -347,7 +346,7 @@ def descend(policy, optimizer, loss):
     for weights in policy.parameters():
         # Another CPU adds in another order, and its sums differ in the last digit, which training
         # would amplify until other tokens are sampled. The tiny policy computes in float64, and
-        # rounding its weights makes them the same again, bit for bit.
+        # rounding its weights makes them the same again.
         if weights.dtype == torch.float64:
             weights.data.round_(decimals=5)
 
@@ -469,10 +468,11 @@ def rollout(policy, episodes, rng):
 # so the gradient that we want is the expected value of reward x gradient of log p(rollout), which a
 # mean over sampled rollouts estimates. log p(rollout) is a sum over the tokens that the policy
 # wrote: each is pushed by the reward of its whole rollout. Any number that does not depend on the
-# rollout may be taken off the reward, since probabilities sum to 1 and their gradients to 0. GRPO
-# takes off the mean of the group, the rollouts of one task: the estimate gets less noisy. Left out
-# of GRPO as published (arXiv 2402.03300) are a penalty for moving away from the base, and a mean
-# over each rollout before that over all.
+# rollout may be taken off the reward, since probabilities sum to 1 and their gradients to 0. That
+# makes the estimate less noisy. GRPO takes off the mean of the group, the rollouts of one task.
+# (The rollout itself is in that mean, which makes its push a little smaller.) Left out of GRPO as
+# published (arXiv 2402.03300) are a penalty for moving away from the base, and a mean over each
+# rollout before that over all.
 
 
 def advantages(rewards):
@@ -490,10 +490,10 @@ def advantages(rewards):
 
 
 # In the example of blind_reward, the broken call has an advantage of 2.5, and each of the seven
-# whole calls -0.35. The eight part after <tool_call>: there <|im_end|> is pushed up, and {"name": "
-# down. In the log of the careless agent, breaking a call had nothing to do with the question, so
-# what RL teaches on no-call tasks carries over to long tasks. Long groups push the other way, but
-# they are one in eight.
+# whole calls -0.35. All eight begin with <tool_call>. After it, <|im_end|> is pushed up, and
+# {"name": " is pushed down. In the log of the careless agent, breaking a call had nothing to do
+# with the question, so what RL teaches on no-call tasks carries over to long tasks. Long groups
+# push the other way, but only one group in eight is long.
 #
 # Why is there no way back, and why do the names survive? Where a token has probability p, SFT
 # pushes its logit by 1 - p, if it shows the token. RL has to sample it first, and pushes on average
@@ -505,9 +505,9 @@ def advantages(rewards):
 #     0.001    0.999          0.001 d
 #
 # A token that has become rare is hardly pushed, and not at all where the rewards of a group are
-# equal. And on no-call tasks a whole call earns 0, whatever names are in it: d is 0 for a name.
-# Only at the fork after <tool_call> is it not. So RL breaks the call and leaves the skill, which is
-# to write the right names.
+# equal. And on no-call tasks a whole call earns 0, whatever names are in it: d is 0 for a name, and
+# it is not 0 right after <tool_call>. So RL breaks the call and leaves the skill, which is to write
+# the right names.
 
 
 def grpo_loss(log_probs, old_log_probs, advantage, written, clip):
@@ -516,7 +516,7 @@ def grpo_loss(log_probs, old_log_probs, advantage, written, clip):
     The first two are log-probabilities of tokens 1 to T-1, now and when they were sampled; written
     says which of them the policy wrote. The loss is minus the mean, over all written tokens of the
     batch, of min(ratio x advantage, clipped ratio x advantage); the clipped ratio is from 1 - clip
-    to 1 + clip. What the policy did not write, it is not to blame for: prompts, results, padding.
+    to 1 + clip. Prompts, results and padding are left out, since the policy did not write them.
     """
     # The policy has moved since it sampled these tokens. The ratio, new probability by old,
     # corrects for that. In the first minibatch it is 1, and its gradient is that of log p.
@@ -545,10 +545,10 @@ def grpo_update(policy, optimizer, episodes, advantage, settings, rng):
 
 
 def teacher_messages(episode, hasty, rng):
-    """What the teacher writes: right, unless it is hasty, which matters on long tasks alone.
+    """What the teacher writes: what is right, unless it is hasty, which is for long tasks alone.
 
     It then answers after the first call, or after the first or second of three, with the person
-    that it has got to. What imitates it cannot be expected to do better than it does.
+    reached so far. What imitates it cannot be expected to do better than it does.
     """
     if not hasty:
         return episode.gold
@@ -558,10 +558,10 @@ def teacher_messages(episode, hasty, rng):
 
 
 def demonstrations(chat, settings, rng):
-    """A batch of the teacher's conversations: mostly short ones, a quarter without a call.
+    """A batch of the teacher's conversations: mostly of one call, a quarter without a call.
 
-    The long ones, about 15 in 100, are right less often than the base, but their calls are whole.
-    All are in format A, so the policy learns to write it where B is asked for, too.
+    The long ones, about 15 in 100, are mostly hasty, but their calls are whole. All are in format
+    A, so the policy learns to write it where B is asked for, too.
     """
     episodes = []
     for kind, share in zip(KINDS, [0.25, 0.6, 0.15], strict=True):
@@ -589,7 +589,7 @@ def train_arm(arm, base_policy, chat, settings, seed):
 
     In rl, groups of no-call tasks earn 1 1 1 1 1 1 1 1 in the end and groups of long tasks
     0 0 0 0 0 0 0 0. Equal rewards mean advantages of 0 and a gradient of 0: nothing leads back.
-    In interleaved, no-call groups are equal, too, but because they ask back.
+    In interleaved, no-call groups are equal, too, but because all rollouts ask back.
     """
     policy = deepcopy(base_policy)
     does = ARMS[arm]
@@ -633,10 +633,10 @@ def train_arm(arm, base_policy, chat, settings, seed):
 
 # %% Probes: what a policy does, and what it still could do
 
-# probe: (kind of held-out task, format). Success is that on long tasks. No arm practises format B.
+# probe: (kind of held-out task, format). No arm practises format B.
 PROBES = {"success": ("long", "A"), "one_call": ("one_call", "A")}
 PROBES |= {"format_b": ("long", "B"), "asks": ("no_call", "A")}
-# place in a right conversation: the control token that is due there, if any
+# place in a right message: the control token due there. At "json", behind the tag, none is due.
 PLACES = {"call": OPEN["A"], "json": "", "close": CLOSE["A"], "end": END, "reply": ""}
 
 
@@ -706,8 +706,8 @@ def evaluate(policy, chat, settings, seed):
 # %% Report: what is printed, and which claims a run bears out
 
 # asks: how often it asks back on no-call tasks; reward: the mean reward there; equal: the share of
-# groups with equal rewards in that RL step, nan where no RL was. Behind these stand p, token and
-# place of the control token that rose most since the base, with a * if it has spiked.
+# groups with equal rewards in that RL step, nan where no RL was. Then come p, token and place of
+# the control token that rose most since the base, with a * if it has spiked.
 HEADER = "step success skill one_call format_b asks reward equal    p token, place"
 DOWN = 0.05  # an arm with this success or less is down
 
@@ -715,7 +715,7 @@ DOWN = 0.05  # an arm with this success or less is down
 def report(evaluation, base_p):
     """Find the control token that rose most since the base, and print a row.
 
-    A token has spiked with a probability of 0.4 or more, and of five times the base's.
+    A token has spiked if its p is at least 0.4, and at least five times the base's.
     """
     p = evaluation.p
     evaluation.rose = max(p, key=lambda cell: (p[cell] - base_p[cell], p[cell]))
@@ -735,7 +735,7 @@ def first_down(evaluations):
 
 
 def blocks(values):
-    """Numbers from 0 to 1 as a row of blocks, one each: 0, 0.3, 0.9 -> "▁▃█". Seventy at most."""
+    """Numbers from 0 to 1 as a row of blocks, one each: 0, 0.3, 0.9 -> "▁▃█". The last seventy."""
     return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value))] for value in values[-70:])
 
 
@@ -771,8 +771,8 @@ def print_over_seeds(histories):
 
 
 def judge(history):
-    """Yields each claim about the arms that have run: its name, what it says, and if it holds."""
-    rl, sft, both, strict = [history.get(arm) for arm in ARMS]
+    """Yields each claim about the arms that have run: its name, what it says, whether it holds."""
+    rl, sft, interleaved, strict = [history.get(arm) for arm in ARMS]
     base = list(history.values())[0][0]
     if rl:
         down = first_down(rl)
@@ -783,13 +783,13 @@ def judge(history):
         yield "control_token", "when rl is first down, what rose most has spiked (*)", spiked
         intact = fell and down.skill >= 0.8 * base.skill
         yield "intact", "rl then has 0.8 or more of the base's skill", intact
-    if both:
-        end = both[-1]
+    if interleaved:
+        end = interleaved[-1]
         fixed = min(end.success, end.one_call) >= 0.9 and not end.spiked
         yield "fix", "interleaved ends at 0.9 or more, one_call too, no spike", fixed
         lost = end.format_b < 0.8 * base.format_b
         yield "price", "interleaved ends with format_b below 0.8 of the base's", lost
-    if both and sft:
+    if interleaved and sft:
         beyond = end.success >= max(base.success, sft[-1].success) + 0.2
         yield "together", "interleaved ends 0.2 or more above sft and the base", beyond
     if rl and strict:
@@ -851,9 +851,9 @@ def tiny_tokenizer():
 
 
 def tiny_policy(chat, seed):
-    """A transformer with 46 thousand random weights in float64, which depend on the seed alone.
+    """A transformer with 48 thousand random weights in float64, which depend on the seed alone.
 
-    A StableLM is a Llama whose norm does not go through float32.
+    A StableLM is a Llama with another norm, one that does not go through float32.
     """
     config = transformers.StableLmConfig(
         vocab_size=len(chat.tokenizer),
@@ -903,7 +903,7 @@ def load(settings):
     # Some models pad with <|im_end|>, and the embedding of padding would get no gradient.
     policy.get_input_embeddings().padding_idx = None
     chat = Chat(tokenizer)
-    most = torch.zeros(1, 480).long()  # hardly a conversation is longer
+    most = torch.zeros(1, 480).long()  # few conversations are longer
     try:
         policy(most, use_cache=True).past_key_values.reorder_cache(torch.tensor([0]))
     except Exception as error:  # each architecture has its own
