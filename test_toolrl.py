@@ -100,7 +100,6 @@ they are not divided by the spread                          | 0.75 -0.25 -0.25 -
 they are divided by the variance, not by its root           | 3 -1 -1 -1
 the spread divides by N, not by N - 1 as torch.std does     | 1.732 -0.577 -0.577 -0.577
 the mean of the others is taken off, not of the group       | 2 -0.667 -0.667 -0.667
-the mean of the others is taken off, and there is no spread | 1 -0.333 -0.333 -0.333
 a group is a row, and these are mean and spread of columns  | nan nan nan nan
 
 1 0 0 0; 1 1 1 0                | 1.5 -0.5 -0.5 -0.5; 0.5 0.5 0.5 -1.5
@@ -147,8 +146,6 @@ advantages stand beside columns, but each belongs to a row: advantage[:, None]  
 all rollouts have the mean of the advantages, but each has its own                | 2
 a mean is taken of each rollout first, but all tokens weigh the same              | 2
 what was not written is left out of the sum, but it counts in the mean            | 2.25
-a mean is taken of each place first, but all tokens weigh the same                | 3.5
-advantages have lost their sign                                                   | -3.667
 
 1.5 | 1 | 1 | 0.9 | -1.5
 the ratio is upside down: it is the new probability by the old one                | -0.667
@@ -279,7 +276,6 @@ class Puppet:
 
 
 def draw(chat, count):
-    """New episodes of all kinds and both formats, one after the other."""
     return [
         new_episode(chat, TRAIN[KINDS[k % 3]], rng_for(k, "x"), "AB"[k % 2]) for k in range(count)
     ]
@@ -531,11 +527,13 @@ def test_an_rl_step_has_exact_shares_and_all_tries_of_a_group_have_one_task():
 def test_an_arm_is_its_updates_in_their_order(arm, monkeypatch):
     base = toolrl.tiny_policy(TINY, 0)
     events = []
+    rates = Counter()
     betas = (0.9, 0.95)  # those of the base
 
     def update(policy, optimizer, episodes, *rest):
         assert policy is not base and optimizer.defaults["betas"] == betas
         events.append("rl" if rest else "sft")
+        rates[events[-1]] += optimizer.param_groups[0]["lr"]
 
     def rollout(policy, episodes, rng):
         for k, episode in enumerate(episodes):  # two of the first group are broken calls
@@ -546,15 +544,19 @@ def test_an_arm_is_its_updates_in_their_order(arm, monkeypatch):
     monkeypatch.setattr(toolrl, "rollout", rollout)
     monkeypatch.setattr(toolrl, "evaluate", lambda *_: events.append("eval") or {})
     monkeypatch.setattr(toolrl, "HELD_OUT", None)  # nothing of it is trained on
-    settings = replace(SMALL, steps=6, eval_every=4, sft_until=0.8, no_call_share=1.0)
+    settings = replace(SMALL, steps=20, eval_every=18, sft_batch=4, no_call_share=1.0)
     assert toolrl.train_base(base, TINY, replace(settings, base_steps=1), 0) is not base
     betas = (0.9, 0.999)
+    rates.clear()
     found = list(toolrl.train_arm(arm, base, TINY, settings, 0))
-    schedule = "eval rl sft sft rl sft sft rl sft sft rl eval rl rl eval"
+    schedule = "eval rl" + " sft sft rl" * 14 + " rl rl rl eval rl rl eval"
     assert events[1:] == re.findall("|".join(toolrl.ARMS[arm] | {"eval"}), schedule)
+    # Each rate is at its height times a factor that rises and falls. These are the factors' sums.
+    due = {"rl": 14 * settings.lr, "sft": 13.125 * settings.sft_lr}
+    assert rates == pytest.approx({kind: due[kind] for kind in rates})
     # The strict reward alone tells a broken call from asking back.
     equal = {"sft": {}, "rl-strict": {"equal": 5 / 6}}.get(arm, {"equal": 1.0})
-    assert found == [(0, {}), (4, equal), (6, equal)]
+    assert found == [(0, {}), (18, equal), (20, equal)]
 
 
 # %% Probes, claims and print
@@ -569,7 +571,7 @@ def test_what_is_measured_at_the_places_of_a_right_conversation(chat):
     assert chat.decode(ids).replace(" ", "") == "mentoralicerivalleoleo"
     skill, p = toolrl.teacher_forced(Puppet(chat, [right], p=0.9), [right])
     assert skill == pytest.approx(0.9 ** labels.count("name"), abs=1e-6)
-    assert len(p) == 5 * 8 - 3 and max(p.values()) < 0.01  # three are due somewhere
+    assert len(p) == 37 and max(p.values()) < 0.01  # 5 x 8, less the three due somewhere
     # This policy knows the first tag of a broken conversation, and else it ends its message.
     broken = told(right.question, TAG, chat=chat)
     skill, p = toolrl.teacher_forced(Puppet(chat, [broken], p=0.9), [right])
@@ -582,15 +584,15 @@ def test_an_evaluation_asks_held_out_tasks_and_says_what_was_done(monkeypatch):
 
     def rollout(policy, episodes, rng):
         asked.extend(episodes)
-        for k, episode in enumerate(episodes):  # 1, 2, 3 and 4 in 5 are broken calls
-            replay(episode, [TAG] if k % 5 <= k // 5 else episode.gold)
+        for k, episode in enumerate(episodes):  # 2, 3, 4 and 5 in 5 are empty, or broken
+            replay(episode, [TAG * (k == 0)] if k % 5 < k // 5 + 2 else episode.gold)
             episode.log_probs[-2:] = np.log([0.25, 0.5])
 
     monkeypatch.setattr(toolrl, "rollout", rollout)
     monkeypatch.setattr(toolrl, "TRAIN", None)
     found = toolrl.evaluate(Puppet(TINY, []), TINY, SMALL, 0)
     figures = [found[name] for name in ["success", "one_call", "format_b", "asks", "reward"]]
-    assert figures == pytest.approx([0.8, 0.6, 0.4, 0.2, 1.0])
+    assert figures == pytest.approx([0.6, 0.4, 0.2, 0.0, 1.0])
     assert found["broken"] == 1 / sum(len(episode.messages) for episode in asked[:5])
     assert found["conversation"] == f"{asked[0].question}\n{TAG}[0.25]{END}[0.50]\n"
     kinds = [f"{episode.fmt} {min(2, len(episode.gold_calls))}" for episode in asked[::5]]
@@ -647,23 +649,23 @@ def test_each_claim_can_say_no(arm, k, what, value, fails):
     assert [claim for claim, _, holds in claims if not holds] == fails.split()
 
 
-# What is printed last, of the second of two seeds.
+# What is printed last, of the third of three seeds. In the first two, rl is never down.
 PAGE = """
 == summary: success, and p of <|im_end|> json, from step to step
-rl           success ▅▁▁
-rl           p       ▁▄▁
+rl           success ▅▁▁▁▁
+rl           p       ▁▄▁▁▁
 
-== claims, seed 0, and in how many seeds so far, of 2
-collapse      no   1  rl falls from 0.2 or more to 0.05 or less, and stays there
-control_token yes  2  when rl is first down, what rose most has spiked (*)
-intact        yes  2  rl then has 0.8 or more of the base's skill
+== claims, seed 0, and in how many seeds so far, of 3
+collapse      yes  1  rl falls from 0.2 or more to 0.05 or less, and stays there
+control_token yes  1  when rl is first down, what rose most has spiked (*)
+intact        yes  1  rl then has 0.8 or more of the base's skill
 
 == over seeds    seeds   success     skill  one_call  format_b      asks    broken
-rl, down              2      0.05      0.80      0.90      0.80      0.10      0.02
-                        0.05-0.05 0.80-0.80 0.90-0.90 0.80-0.80 0.10-0.10 0.02-0.02
-rl, end               2      0.05      0.40      0.90      0.80      0.10      0.02
-                        0.05-0.05 0.30-0.50 0.90-0.90 0.80-0.80 0.10-0.10 0.02-0.02
-base                  2      0.60      1.00      0.90      0.80      0.10      0.02
+rl, end               3      0.48      0.20      0.90      0.80      0.10      0.02
+                        0.05-0.69 0.00-0.40 0.90-0.90 0.80-0.80 0.10-0.10 0.02-0.02
+base                  3      0.60      1.00      0.90      0.80      0.10      0.02
+                        0.60-0.60 1.00-1.00 0.90-0.90 0.80-0.80 0.10-0.10 0.02-0.02
+rl, down              1      0.05      0.80      0.90      0.80      0.10      0.02
 """
 
 
@@ -673,19 +675,18 @@ def test_what_a_run_prints_and_that_it_is_on_disk_at_once(monkeypatch, tmp_path,
 
     def train_arm(arm, base_policy, chat, settings, seed):
         lines.append(out.read_text().count("\n"))
-        looks = story()[arm][: 3 + 9 * seed]  # in seed 0, rl ends too early to stay down
+        looks = story()[["rl", "sft", "sft"][seed]]
         looks[2].p["<tool_call> reply"] = 0.32  # rises most, but rl is down before
-        looks[-1].skill = 0.3 + 0.2 * seed
+        looks[-1].skill = 0.2 * seed
         for figures in map(vars, looks):
             yield figures.pop("step"), figures
 
     monkeypatch.setattr(toolrl, "train_base", lambda *_: None)
     monkeypatch.setattr(toolrl, "train_arm", train_arm)
-    settings = replace(SMALL, seeds=(1, 0), arms=("rl",), out=str(out))
-    assert list(toolrl.main(settings)) == [1, 0] and lines == [1, 6]
+    settings = replace(SMALL, seeds=(2, 1, 0), arms=("rl",), out=str(out))
+    assert list(toolrl.main(settings)) == [2, 1, 0] and lines == [1, 5, 9]
     said = capsys.readouterr().out
-    assert PAGE in said and max(map(len, said.splitlines())) <= 100, said
-    assert toolrl.blocks([0.3] + [0, 1] * 35) == "▁█" * 35  # seventy at most
+    assert PAGE in said and " nan " in said and max(map(len, said.splitlines())) <= 100, said
 
 
 # %% Runs: the command line, what it changes, and --model
@@ -742,11 +743,13 @@ def near(digits):
     return pytest.approx(float(digits), abs=1e-9)
 
 
-def test_figures_are_the_same_on_every_machine_and_whatever_runs_beside(tmp_path):
+def test_figures_are_the_same_on_every_machine_and_whatever_runs_beside(tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(toolrl, "rng_for", lambda *given: seeds.append(given[0]) or rng_for(*given))
     alone = run_little(tmp_path, *SHORT, "--seeds", "1")
+    assert set(seeds) == {0, 1} and seeds.count(0) == 1  # all but the check of the tasks
     beside = run_little(tmp_path, *SHORT, "--seeds", "0", "1", "--arms", "sft")
-    assert beside[3:] == alone[3:5]  # the evaluations of sft
-    assert len(beside) == 5  # the file starts anew
+    assert beside[3:] == alone[3:5]  # the evaluations of sft, and the file starts anew
     found = {e["arm"]: [e["skill"], sum(e["p"].values())] for e in alone[2::2]}
     assert found == json.loads(FIGURES, parse_float=near)
 
@@ -765,7 +768,7 @@ def test_slow_all_is_the_same_without_simd_and_with_two_threads(tmp_path):
 def test_slow_a_mistake_of_a_student_is_a_traceback_with_its_line(name, tmp_path):
     folder = copied(tmp_path, f"def {name}(", f"def {name}(forgotten, ")
     said = in_shell(folder, ["toolrl.py"] + LITTLE).stderr
-    assert 'toolrl.py", line' in said and f"{name}() missing 1" in said and "tiny_tasks" not in said
+    assert 'toolrl.py", line' in said and f"{name}() missing 1" in said
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")

@@ -522,11 +522,11 @@ def grpo_loss(log_probs, old_log_probs, advantage, written, clip):
     # corrects for that. In the first minibatch it is 1, and its gradient is that of log p.
     ratio = (log_probs - old_log_probs).exp()  # [M, T-1]
     # The reward comes at the end, so all tokens of a rollout share one advantage.
-    gain = advantage[:, None]  # [M, 1]
+    advantage = advantage[:, None]  # [M, 1]
     # A token that has moved far enough the right way is pushed no further. Because of the
     # minimum, one that has moved the wrong way is still pushed back.
     clipped = ratio.clamp(1 - clip, 1 + clip)  # [M, T-1]
-    objective = torch.min(ratio * gain, clipped * gain)  # [M, T-1]
+    objective = torch.min(ratio * advantage, clipped * advantage)  # [M, T-1]
     return -(objective * written).sum() / written.sum()
 
 
@@ -613,15 +613,14 @@ def train_arm(arm, base_policy, chat, settings, seed):
             # Score, and compare each rollout with its group.
             rewards = torch.tensor([reward(episode) for episode in episodes]).double()  # [N]
             rewards = rewards.view(settings.groups, settings.group_size)  # [groups, group_size]
-            advantage = advantages(rewards)  # [groups, group_size]
+            advantage = advantages(rewards).to(policy.device)  # [groups, group_size]
             # Push. The rate rises over ten steps, because Adam's first steps are rough, and falls
             # over the last fifth of the steps, so that the policy settles.
             rising = step / 10
             falling = (settings.steps + 1 - step) / (0.2 * settings.steps)
             rl_optimizer.param_groups[0]["lr"] = settings.lr * min(1, rising, falling)
-            gain = advantage.flatten().to(policy.device)  # [N]
             rng = rng_for(seed, "order", step)
-            grpo_update(policy, rl_optimizer, episodes, gain, settings, rng)
+            grpo_update(policy, rl_optimizer, episodes, advantage.flatten(), settings, rng)
         if step % settings.eval_every == 0 or step == settings.steps:
             figures = evaluate(policy, chat, settings, seed)
             if "rl" in does:
