@@ -628,8 +628,10 @@ rl          | 0  | <|im_end|> json   | 0.081 | control_token cause
 rl          | 1  | <|im_end|> json   | 0.39  | control_token cause
 rl          | 1  | </tool_call> end  | 0.35  | control_token
 rl          | 1  | skill             | 0.79  | intact
+rl          | 0  | skill             | 1.01  | intact
 rl          | 0  | success           | 0.75  | together
 sft         | -1 | success           | 0.71  | together
+sft         | 1  | success           | 0.8   |
 interleaved | -1 | success           | 0.88  | fix together
 interleaved | -1 | one_call          | 0.89  | fix
 interleaved | -1 | <tool_call> end   | 0.5   | fix
@@ -822,7 +824,7 @@ def test_other_architectures_agree_with_one_pass(name, more, words, tmp_path, ca
 # A file that a run reads: what it says, what is put there, and what is said of it, if anything.
 @each("""
 name            | old                 | new                    | words
-tiny_tasks.json | alice               | mary zoë               |
+tiny_tasks.json | alice               | bob zoë                |
 tiny_tasks.json | "alice",            | "alice",,              | Expecting value
 tiny_tasks.json | "people"            | "folk"                 | 'people'
 tiny_tasks.json | "one_call": [       | "one_calls": [         | train and held_out need questions
