@@ -693,7 +693,7 @@ def test_what_a_run_prints_and_that_it_is_on_disk_at_once(monkeypatch, tmp_path,
 
 # %% Runs: the command line, what it changes, and --model
 BAD = """--stepz 3 | --arms rl rl | --seeds 0 0 | --steps 0 | --lr nan | --no-call-share 1.5
-| --group-size 1 | --minibatches 9 | --device nope | --device meta | --device cuda:99
+| --arms nope | --group-size 1 | --minibatches 9 | --device nope | --device meta | --device cuda:99
 | --model /nowhere/memory | --out /nowhere/memory/x"""
 # Flags that have to change what is measured. With the first, none is changed.
 CHANGES = """--seeds 0 | --seeds 1 | --arms sft | --steps 5 | --eval-every 1 | --eval-episodes 5
