@@ -39,9 +39,9 @@ How that comes about, and what prevents it (README.md tells it slowly):
    the policy still knows which names to write (train_arm, teacher_forced).
 4. SFT shows whole calls and asking back, and needs no lucky try, but it copies its teacher, who
    answers long tasks too early (teacher_messages).
-5. With both, the policy asks back, so a broken call no longer earns more than the other tries. On
-   long tasks the tries still differ, and RL learns to finish them. Format B, which neither of the
-   two practises, gets lost.
+5. With both, the policy soon asks back, because SFT takes larger steps than RL. A broken call then
+   no longer earns more than the other tries. On long tasks the tries still differ, and RL learns to
+   finish them. Format B, which neither of the two practises, gets lost.
 
 The finding is that of arXiv 2606.26027. A run, with the functions that do it:
 
