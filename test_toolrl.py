@@ -68,7 +68,7 @@ def attempt(function, *inputs):
                 why += f"\nline {frame.lineno}: {frame.line}"
         if "must match" in why:
             why += "\nperhaps keepdim=True is forgotten, or [:, None], which makes a column"
-        raise pytest.fail.Exception(why, pytrace=False) from None
+    fail(why)
 
 
 def grade(what, found, right, mistakes, within, shape):
@@ -281,6 +281,10 @@ def draw(chat, count):
     ]
 
 
+def kind(episode):  # of format A, "A 0" is a no-call task and "A 2" a long one
+    return f"{episode.fmt} {min(2, len(episode.gold_calls))}"
+
+
 def played(policy, episodes, seed=0):
     attempt(toolrl.rollout, policy, episodes, rng_for(seed, "x"))
     return episodes
@@ -454,8 +458,7 @@ def test_a_step_goes_down_the_gradient_cut_to_norm_one(dtype, digits):
     sgd = torch.optim.SGD(layer.parameters(), lr=1.0)
     for slope in ("30 40", "0.3 0.4"):  # the second is not stretched
         toolrl.descend(layer, sgd, (layer.weight * numbers(slope)).sum())
-    # The weights of the tiny policy, which has float64, are rounded.
-    due = numbers("-0.7765433 -0.4345679").round(decimals=digits)
+    due = numbers("-0.7765433 -0.4345679").round(decimals=digits)  # float64 is rounded to five
     assert torch.allclose(layer.weight.double(), due, rtol=0, atol=3e-7)
     with pytest.raises(RuntimeError, match="non-finite"):
         toolrl.descend(layer, sgd, (layer.weight * np.inf).sum())
@@ -497,9 +500,8 @@ def test_the_log_of_a_careless_agent():
         said.update([call, guess])
     shares = [said[CALL] / 5000, said[TAG] / 10000, said[ASK] / 5000]
     assert shares == pytest.approx([0.78, 0.07, 0.03], abs=0.01)
-    # Where nobody is named, a person is guessed, and each can be.
     guesses = [said[toolrl.call_text("rival", person, "A")] / 5000 for person in toolrl.PEOPLE]
-    assert guesses == pytest.approx([0.063] * 12, abs=0.012)
+    assert guesses == pytest.approx([0.063] * 12, abs=0.012)  # where nobody is named
 
 
 def test_demonstrations_have_exact_shares_and_hasty_ones_answer_too_early():
@@ -516,11 +518,10 @@ def test_demonstrations_have_exact_shares_and_hasty_ones_answer_too_early():
 
 def test_an_rl_step_has_exact_shares_and_all_tries_of_a_group_have_one_task():
     groups = toolrl.new_groups(TINY, replace(SMALL, groups=20), rng_for(0, "x"))
-    assert len(set(map(id, groups))) == 80 and {episode.fmt for episode in groups} == {"A"}
+    assert len(set(map(id, groups))) == 80
     tasks = [f"{episode.question} {episode.directory}" for episode in groups]
     assert tasks[::4] == tasks[1::4] == tasks[3::4] and len(set(tasks)) == 20
-    calls = [min(2, len(episode.gold_calls)) for episode in groups]
-    assert calls == [0] * 68 + [2] * 12
+    assert list(map(kind, groups)) == ["A 0"] * 68 + ["A 2"] * 12
 
 
 @each("arm", toolrl.ARMS)
@@ -595,8 +596,7 @@ def test_an_evaluation_asks_held_out_tasks_and_says_what_was_done(monkeypatch):
     assert figures == pytest.approx([0.6, 0.4, 0.2, 0.0, 1.0])
     assert found["broken"] == 1 / sum(len(episode.messages) for episode in asked[:5])
     assert found["conversation"] == f"{asked[0].question}\n{TAG}[0.25]{END}[0.50]\n"
-    kinds = [f"{episode.fmt} {min(2, len(episode.gold_calls))}" for episode in asked[::5]]
-    assert kinds == ["A 2", "A 1", "B 2", "A 0"]
+    assert list(map(kind, asked[::5])) == ["A 2", "A 1", "B 2", "A 0"]
 
 
 def look(step, success=0.6, skill=1.0, one_call=0.9, format_b=0.8, spike=0.08):
@@ -868,9 +868,8 @@ def test_slow_the_silent_bugs_of_the_readme_run_and_a_quick_test_finds_each(diff
     alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
     given = {"cwd": copied(tmp_path), "input": diff.encode(), "env": alone}
     subprocess.run(["git", "apply", "-"], check=True, **given)
-    assert run_little(tmp_path)
-    quick = "(advantages or grpo) and not slow"
-    done = in_shell(tmp_path, ["-m", "pytest", "-q", "-x", "-k", quick])
+    assert run_little(tmp_path) and len(blocks("diff")) == 3
+    done = in_shell(tmp_path, ["-m", "pytest", "-x", "-k", "(advantages or grpo) and not slow"])
     assert done.returncode == 1 and "FAILED test_toolrl.py::test_" in done.stdout, done.stdout
 
 
@@ -889,6 +888,7 @@ def default_run():
     """What the default run prints, of seed 0 on a CPU. All of its claims hold."""
     said = in_shell(HERE, ["toolrl.py", "--seeds", "0", "--device", "cpu"]).stdout
     assert len(re.findall(r"^\w+ +yes  1  ", said, re.M)) == 6, said
+    assert max(map(len, said.splitlines())) <= 100, said
     return said
 
 

@@ -545,10 +545,10 @@ def grpo_update(policy, optimizer, episodes, advantage, settings, rng):
 
 
 def teacher_messages(episode, hasty, rng):
-    """What the teacher writes: what is right, unless it is hasty, which is for long tasks alone.
+    """What the teacher writes: what is right or, on long tasks alone, a hasty answer.
 
-    It then answers after the first call, or after the first or second of three, with the person
-    reached so far. What imitates it cannot be expected to do better than it does.
+    When it is hasty, it answers after the first call, or after the first or second of three, with
+    the person reached so far. What imitates it cannot be expected to do better than it does.
     """
     if not hasty:
         return episode.gold
@@ -611,7 +611,7 @@ def train_arm(arm, base_policy, chat, settings, seed):
             episodes = new_groups(chat, settings, rng_for(seed, "tasks", step))  # N of them
             rollout(policy, episodes, rng_for(seed, "sampling", step))
             # Score, and compare each rollout with its group.
-            rewards = torch.tensor([reward(episode) for episode in episodes]).double()  # [N]
+            rewards = torch.tensor(list(map(reward, episodes)), dtype=torch.float64)  # [N]
             rewards = rewards.view(settings.groups, settings.group_size)  # [groups, group_size]
             advantage = advantages(rewards).to(policy.device)  # [groups, group_size]
             # Push. The rate rises over ten steps, because Adam's first steps are rough, and falls
@@ -635,7 +635,7 @@ def train_arm(arm, base_policy, chat, settings, seed):
 # probe: (kind of held-out task, format). No arm practises format B.
 PROBES = {"success": ("long", "A"), "one_call": ("one_call", "A")}
 PROBES |= {"format_b": ("long", "B"), "asks": ("no_call", "A")}
-# place in a right message: the control token due there. At "json", behind the tag, none is due.
+# place in a right message: the control token due there. At "json", after the tag, none is due.
 PLACES = {"call": OPEN["A"], "json": "", "close": CLOSE["A"], "end": END, "reply": ""}
 
 
@@ -734,7 +734,7 @@ def first_down(evaluations):
 
 
 def blocks(values):
-    """Numbers from 0 to 1 as a row of blocks, one each: 0, 0.3, 0.9 -> "▁▃█". The last seventy."""
+    """The last seventy numbers, each from 0 to 1, as a row of blocks: 0, 0.3, 0.9 -> "▁▃█"."""
     return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value))] for value in values[-70:])
 
 
@@ -953,8 +953,8 @@ def read_settings(argv):
         if wrong:
             rule = "counts are at least 1, shares and rates from 0 to 1, and lists repeat nothing"
             parser.error(f"--{name.replace('_', '-')} {value}: {rule}")
-    kind = Pretrained if "model" in given else Settings
-    settings = kind(**given)
+    defaults = Pretrained if "model" in given else Settings
+    settings = defaults(**given)
     if settings.group_size < 2 or settings.minibatches > settings.groups * settings.group_size:
         parser.error("--group-size: at least 2; --minibatches: not more than rollouts in a step")
     return settings
