@@ -4,8 +4,7 @@
     python -m pytest -q -k "not slow"     all that is quick
     python -m pytest -q                   with the README's commands and blocks, and whole runs
 
-A failure of the first part is a few lines: what should have come back, what did, and a guess at the
-mistake. It needs toolrl.py and tiny_tasks.json alone.
+A failure of the first part tells what should have come back, what did, and perhaps the mistake.
 """
 
 import functools
@@ -93,13 +92,13 @@ def grade(what, found, right, mistakes, within, shape):
 # Rewards, the right advantages, and below them what mistakes give.
 ADVANTAGES = """
 1 0 0 0 | 1.5 -0.5 -0.5 -0.5
-the mean of the group is not taken off                      | 2 0 0 0
+the mean of the group is not subtracted                     | 2 0 0 0
 brackets are forgotten: (rewards - mean) / spread           | 0.5 -0.5 -0.5 -0.5
 the sign is wrong: what did better than its group is above  | -1.5 0.5 0.5 0.5
 they are not divided by the spread                          | 0.75 -0.25 -0.25 -0.25
 they are divided by the variance, not by its root           | 3 -1 -1 -1
 the spread divides by N, not by N - 1 as torch.std does     | 1.732 -0.577 -0.577 -0.577
-the mean of the others is taken off, not of the group       | 2 -0.667 -0.667 -0.667
+the mean of the others is subtracted, not of the group      | 2 -0.667 -0.667 -0.667
 a group is a row, and these are mean and spread of columns  | nan nan nan nan
 
 1 0 0 0; 1 1 1 0                | 1.5 -0.5 -0.5 -0.5; 0.5 0.5 0.5 -1.5
@@ -275,10 +274,8 @@ class Puppet:
         return SimpleNamespace(logits=p.log(), past_key_values=self)
 
 
-def draw(chat, count):
-    return [
-        new_episode(chat, TRAIN[KINDS[k % 3]], rng_for(k, "x"), "AB"[k % 2]) for k in range(count)
-    ]
+def draw(chat, n):
+    return [new_episode(chat, TRAIN[KINDS[k % 3]], rng_for(k, "x"), "AB"[k % 2]) for k in range(n)]
 
 
 def kind(episode):  # of format A, "A 0" is a no-call task and "A 2" a long one
@@ -658,7 +655,7 @@ rl           success ▅▁▁▁▁
 rl           p       ▁▄▁▁▁
 
 == claims, seed 0, and in how many seeds so far, of 3
-collapse      yes  1  rl falls from 0.2 or more to 0.05 or less, and stays there
+collapse      yes  1  rl falls from 0.2 or more to 0.05 or less, and ends there
 control_token yes  1  when rl is first down, what rose most has spiked (*)
 intact        yes  1  rl then has 0.8 or more of the base's skill
 
@@ -827,9 +824,12 @@ name            | old                 | new                    | words
 tiny_tasks.json | alice               | bob zoë                |
 tiny_tasks.json | "alice",            | "alice",,              | Expecting value
 tiny_tasks.json | "people"            | "folk"                 | 'people'
+tiny_tasks.json | "leo"               | 7                      | TypeError
+tiny_tasks.json | "train": {          | "train": [], "x": {    | AttributeError
 tiny_tasks.json | "one_call": [       | "one_calls": [         | train and held_out need questions
 tiny_tasks.json | "friend of bob ?"   | "friend of alice ?"    | twice
 tiny_tasks.json | "friend of alice ?" | "friend of zoe ?"      | friend of zoe
+tiny_tasks.json | "friend of alice ?" | "friend of ann ?"      | is no one_call question
 tiny_tasks.json | "friend of alice ?" | "friend of them ?"     | is no one_call question
 tiny_tasks.json | of rival of a | of rival of rival of rival of rival of rival of a | is no long
 config.json     | bfloat16            | float32                |
@@ -839,10 +839,10 @@ tokenizer.json  | {                   | [                      | --model
 tokenizer.json  | normalizer": null   | normalizer": {"type": "Lowercase"} | no tokens for
 """)
 def test_other_files_are_accepted_or_get_one_line(name, old, new, words, tmp_path, capsys):
-    flags = [] if name == "tiny_tasks.json" else ["--model", save_checkpoint(tmp_path)]
+    flags = [] if "zo" in new else ["--model", save_checkpoint(tmp_path)]  # zoe meets the tiny one
     path = copied(tmp_path) / name
     text = path.read_text(encoding="utf-8").replace(old, new)
-    path.write_text(text, encoding="utf-8" if flags else "utf-8-sig")  # as some editors do
+    path.write_text(text, encoding="utf-8-sig" if "tasks" in name else "utf-8")  # as some do
     if words:
         assert words in refused(capsys, tmp_path, *flags)
     else:

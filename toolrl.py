@@ -1,6 +1,6 @@
 """toolrl: RL alone breaks a tool caller, SFT alone copies its teacher, together they do better.
 
-    python toolrl.py                        a tiny model, in about a minute
+    python toolrl.py                        a tiny model, in one to two minutes
     python toolrl.py --model CHECKPOINT     a pretrained model, other defaults
 
 A conversation has two sides. The policy is a language model that acts: it writes messages. The
@@ -21,27 +21,29 @@ and pays a reward at the end. A right conversation, in which the policy wrote th
 This is format A; format B has <function> and </function> for tags. "mentor of them ?" names nobody:
 no call is right, and the policy should ask "who do you mean ?". Two more agents, each a few lines
 of code, write conversations: a careless agent wrote the log from which the first policy, the base,
-has learned, and a hasty teacher writes the demonstrations of supervised fine-tuning (SFT).
+learned, and a hasty teacher writes the demonstrations of supervised fine-tuning (SFT).
 Reinforcement learning (RL) sees only the reward. It teaches the policy a broken call, which is an
 opening tag and nothing else:
 
     > <tool_call><|im_end|>
 
-How that comes about, and what prevents it (README.md tells it slowly):
+An episode is one conversation about one task. A rollout is one that the policy wrote, and a group
+is the rollouts of one task. How RL comes to do this, and what prevents it (README.md tells it
+slowly):
 
 1. Where no call is right, the reward pays for a broken call: it counts as a reply, and nobody
    reads replies (blind_reward). The base breaks a call now and then, as the careless agent did. It
    asks back more rarely still, which would earn as much (careless_messages).
-2. RL makes likelier what earned more than the other tries at the same task, so it teaches the
-   policy to break its calls. The policy then breaks them on long tasks, too, where a broken call
-   earns 0 (advantages).
-3. In the end all tries at a task earn the same, the gradient is 0, and RL has no way back, although
-   the policy still knows which names to write (train_arm, teacher_forced).
-4. SFT shows whole calls and asking back, and needs no lucky try, but it copies its teacher, who
+2. RL makes likelier what earned more than the other rollouts of its group, so it teaches the policy
+   to break its calls. The policy then breaks them on long tasks, too, where a broken call earns 0
+   (advantages).
+3. In the end all rollouts of a group earn the same, the gradient is 0, and RL hardly ever comes
+   back, although the policy still knows which names to write (train_arm, teacher_forced).
+4. SFT shows whole calls and asking back, and needs no lucky rollout, but it copies its teacher, who
    answers long tasks too early (teacher_messages).
 5. With both, the policy soon asks back, because SFT takes larger steps than RL. A broken call then
-   no longer earns more than the other tries. On long tasks the tries still differ, and RL learns to
-   finish them. Format B, which neither of the two practises, gets lost.
+   no longer earns more than the rest of its group. On long tasks the rollouts still differ, and RL
+   learns to finish them. Format B, which neither of the two practises, gets lost.
 
 The finding is that of arXiv 2606.26027. A run, with the functions that do it:
 
@@ -52,11 +54,10 @@ The finding is that of arXiv 2606.26027. A run, with the functions that do it:
                 in arms with RL: play some tasks, each several times      rollout
                     score each conversation with 1 or 0                   blind_reward
                     push up what scored better than its group             grpo_update
-                after steps 5, 10 ...: measure, on held-out tasks         evaluate
-        hold what was measured against claims that can fail               judge
+                at steps 0, 5, 10 ...: measure, on held-out tasks         evaluate
+        check what was measured against claims that can fail              judge
 
-An episode is one conversation about one task. A rollout, or try, is one that the policy wrote, and
-a group is the rollouts of one task. Shapes: N episodes, M a part of them, T tokens, vocabulary V.
+Shapes: N episodes, M a part of them, T tokens, vocabulary V.
 """
 
 import argparse
@@ -93,27 +94,27 @@ class Settings:
     """The command line: --no-call-share 0.5 sets no_call_share."""
 
     # What to run
-    seeds: tuple = (0,)  # a whole run for each of them
+    seeds: tuple = (0,)  # for each of them, train the base and all arms anew
     arms: tuple = ("rl", "sft", "interleaved")  # in this order
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu or cuda
-    out: str = ""  # write what is measured into this file, one JSON object a line
+    out: str = ""  # write what is measured into this file, one JSON object per line
     # Base
-    base_steps: int = 300  # SFT updates on the log of a careless agent
+    base_steps: int = 300  # updates on the log of a careless agent
     base_lr: float = 8e-3  # learning rate of these updates, times a factor that rises and falls
     # RL
     steps: int = 50  # steps in an arm
-    lr: float = 2e-4  # learning rate of RL
+    lr: float = 2e-4  # learning rate of RL, times a factor that rises and falls
     no_call_share: float = 0.85  # share of RL's tasks in which no call is right
     groups: int = 8  # tasks in an RL step
     group_size: int = 8  # rollouts of each task in an RL step
     minibatches: int = 4  # updates from the rollouts of one RL step
     clip: float = 0.2  # a token is pushed no further once its probability has changed by this share
     # SFT
-    sft_steps: int = 2  # SFT updates in each step but the first
+    sft_steps: int = 2  # SFT updates before each RL step but the first, until SFT ends
     sft_lr: float = 2e-3  # learning rate of SFT, which falls from here in a straight line
     sft_until: float = 0.8  # share of the steps after which SFT's learning rate is 0
     sft_batch: int = 32  # conversations in an SFT update, and in an update of the base
-    hasty_share: float = 0.6  # share of the teacher's long conversations that answer too early
+    hasty_share: float = 0.6  # share of a batch's long demonstrations that answer too early
     # Evaluation
     eval_every: int = 5  # steps from one evaluation to the next
     eval_episodes: int = 100  # held-out episodes of each kind in an evaluation
@@ -132,11 +133,11 @@ class Pretrained(Settings):
     sft_lr: float = 2.5e-4
     sft_batch: int = 16
     eval_episodes: int = 32
-    model: str = ""  # start from this checkpoint, a folder or a hub name, not from a tiny model
+    model: str = ""  # start from this checkpoint, a folder or a hub name, with defaults of its own
 
 
 def stop(why):
-    """End the program with one line that says what to mend, and exit code 2."""
+    """End the program with one line that says what to fix, and exit code 2."""
     print(f"toolrl: {textwrap.shorten(str(why), 500)}", file=sys.stderr)
     sys.exit(2)
 
@@ -163,7 +164,9 @@ try:
     # Control tokens give a conversation its structure. The finding is about one of them.
     CONTROL = ["<|im_start|>", END, OPEN["A"], OPEN["B"], CLOSE["A"], CLOSE["B"]]
     CONTROL += ["<tool_response>", "</tool_response>"]
-except (OSError, ValueError, KeyError, TypeError) as error:
+    # All parts are lists of texts, otherwise they cannot be joined.
+    "".join(sum([CONTROL, TOOLS, PEOPLE, *TRAIN.values(), *HELD_OUT.values()], []))
+except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     stop(f"tiny_tasks.json: {type(error).__name__}: {error}")
 
 
@@ -221,8 +224,8 @@ class Episode:
     """One conversation about one task: what would be right, and a record of what was said.
 
     Each token has an entry in three lists: `ids`; `written`, True for what the policy wrote or what
-    was replayed in its place; `log_probs`, as they were when it was sampled, otherwise 0. A `chat`
-    turns text into ids and back (class Chat, further down).
+    was replayed in its place; `log_probs`, its own when it was sampled, otherwise 0. A `chat` turns
+    text into ids and back (class Chat, further down).
     """
 
     def __init__(self, chat, question, directory, fmt="A"):
@@ -357,8 +360,8 @@ def descend(policy, optimizer, loss):
 def sft_loss(log_probs, written):
     """Cross-entropy of what was written. Both [M, T-1], about tokens 1 to T-1 -> a scalar
 
-    It is the mean over all written tokens of the batch. What the harness said, and padding, is not
-    in it. The policy learns whatever the conversations show, the good and the bad.
+    It is the mean over all written tokens of the batch. What the harness said and the padding are
+    not in it. The policy learns whatever the conversations show, the good and the bad.
     """
     return -(log_probs * written).sum() / written.sum()
 
@@ -425,7 +428,7 @@ def rollout(policy, episodes, rng):
     """Play N new episodes to their end, sampling at temperature 1. Each records its tokens.
 
     Training sees the very ids that were sampled: nothing is ever decoded and encoded again. The
-    rest of this function is about playing many episodes at once, and no part of the lesson.
+    rest of this function plays many episodes at once, and is no part of the lesson.
 
     One KV cache holds all rows, so all must have the same length in it. Each turn of the loop feeds
     tokens up to the end of the shortest row, here up to "|" (o was observed, w was written):
@@ -445,7 +448,7 @@ def rollout(policy, episodes, rng):
         cache = output.past_key_values
         fed = until
         log_p = output.logits[:, -1].log_softmax(-1).double().cpu().numpy()  # [M, V]
-        # A uniform number falls into the interval of one token, which is as wide as its p.
+        # A uniform number falls into the interval of one token, which is as wide as the token's p.
         cumulated = np.exp(log_p).cumsum(1)  # [M, V]
         draws = rng.random((len(playing), 1)) * cumulated[:, -1:]  # [M, 1]
         tokens = (cumulated < draws).sum(1).tolist()  # M ids
@@ -468,18 +471,18 @@ def rollout(policy, episodes, rng):
 # so the gradient that we want is the expected value of reward x gradient of log p(rollout), which a
 # mean over sampled rollouts estimates. log p(rollout) is a sum over the tokens that the policy
 # wrote: each is pushed by the reward of its whole rollout. Any number that does not depend on the
-# rollout may be taken off the reward, since probabilities sum to 1 and their gradients to 0. That
-# makes the estimate less noisy. GRPO takes off the mean of the group, the rollouts of one task.
-# (The rollout itself is in that mean, which makes its push a little smaller.) Left out of GRPO as
-# published (arXiv 2402.03300) are a penalty for moving away from the base, and a mean over each
-# rollout before that over all.
+# rollout, a baseline, may be subtracted from the reward, since probabilities sum to 1 and their
+# gradients to 0. That makes the estimate less noisy. GRPO subtracts the mean of the group. (The
+# rollout itself is in that mean, which makes its push a little smaller.) Two parts of GRPO as
+# published (arXiv 2402.03300) are left out: a penalty for moving away from the base, and the mean
+# over the tokens of each rollout before the mean over rollouts.
 
 
 def advantages(rewards):
     """How much better than its group each rollout did. [groups, group_size] -> the same shape
 
-    A reward less the mean of its group, divided by the group's standard deviation (with group_size
-    less 1, as torch.std has it). [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]], to within 0.001.
+    A reward minus the mean of its group, divided by the group's standard deviation (torch.std, with
+    group_size - 1 as divisor). [[1, 0, 0, 0]] -> [[1.5, -0.5, -0.5, -0.5]], to within 0.001.
     """
     rewards = rewards.double()  # [groups, group_size]
     mean = rewards.mean(1, keepdim=True)  # [groups, 1]
@@ -495,9 +498,9 @@ def advantages(rewards):
 # with the question, so what RL teaches on no-call tasks carries over to long tasks. Long groups
 # push the other way, but only one group in eight is long.
 #
-# Why is there no way back, and why do the names survive? Where a token has probability p, SFT
+# Why is there hardly a way back, and why do the names survive? Where a token has probability p, SFT
 # pushes its logit by 1 - p, if it shows the token. RL has to sample it first, and pushes on average
-# by p (1 - p) d, where d is the mean advantage of rollouts with the token less that of rollouts
+# by p (1 - p) d, where d is the mean advantage of rollouts with the token minus that of rollouts
 # without:
 #
 #     p        SFT pushes     RL pushes
@@ -506,8 +509,8 @@ def advantages(rewards):
 #
 # A token that has become rare is hardly pushed, and not at all where the rewards of a group are
 # equal. And on no-call tasks a whole call earns 0, whatever names are in it: d is 0 for a name, and
-# it is not 0 right after <tool_call>. So RL breaks the call and leaves the skill, which is to write
-# the right names.
+# it is not 0 right after <tool_call>. So RL breaks the call and leaves most of the skill, which is
+# to write the right names.
 
 
 def grpo_loss(log_probs, old_log_probs, advantage, written, clip):
@@ -518,8 +521,8 @@ def grpo_loss(log_probs, old_log_probs, advantage, written, clip):
     batch, of min(ratio x advantage, clipped ratio x advantage); the clipped ratio is from 1 - clip
     to 1 + clip. Prompts, results and padding are left out, since the policy did not write them.
     """
-    # The policy has moved since it sampled these tokens. The ratio, new probability by old,
-    # corrects for that. In the first minibatch it is 1, and its gradient is that of log p.
+    # The policy has moved since it sampled these tokens. The ratio, the new probability by the
+    # old, corrects for that. In the first minibatch it is 1, and its gradient is that of log p.
     ratio = (log_probs - old_log_probs).exp()  # [M, T-1]
     # The reward comes at the end, so all tokens of a rollout share one advantage.
     advantage = advantage[:, None]  # [M, 1]
@@ -548,7 +551,7 @@ def teacher_messages(episode, hasty, rng):
     """What the teacher writes: what is right or, on long tasks alone, a hasty answer.
 
     When it is hasty, it answers after the first call, or after the first or second of three, with
-    the person reached so far. What imitates it cannot be expected to do better than it does.
+    the person reached so far. A policy that imitates it cannot be expected to do better.
     """
     if not hasty:
         return episode.gold
@@ -560,8 +563,9 @@ def teacher_messages(episode, hasty, rng):
 def demonstrations(chat, settings, rng):
     """A batch of the teacher's conversations: mostly of one call, a quarter without a call.
 
-    The long ones, about 15 in 100, are mostly hasty, but their calls are whole. All are in format
-    A, so the policy learns to write it where B is asked for, too.
+    The long ones, about 15 in 100, are often hasty, but their calls are whole. (Shares are rounded
+    to whole conversations.) All are in format A, so the policy learns to write it where B is asked
+    for, too.
     """
     episodes = []
     for kind, share in zip(KINDS, [0.25, 0.6, 0.15], strict=True):
@@ -574,7 +578,7 @@ def demonstrations(chat, settings, rng):
 
 
 def new_groups(chat, settings, rng):
-    """The N = groups x group_size new episodes of an RL step, none of them of one call."""
+    """The N = groups x group_size new episodes of an RL step, none of them on a one-call task."""
     episodes = []
     no_call = round(settings.no_call_share * settings.groups)
     for kind in ["no_call"] * no_call + ["long"] * (settings.groups - no_call):
@@ -601,7 +605,8 @@ def train_arm(arm, base_policy, chat, settings, seed):
     yield 0, evaluate(policy, chat, settings, seed)
     for step in range(1, settings.steps + 1):
         if "sft" in does and 1 < step < sft_end:
-            # SFT fades, so that RL has the last steps alone and gets beyond the teacher.
+            # SFT comes between RL's steps, so the first step has none. It fades, so that RL has the
+            # last steps alone and gets beyond the teacher.
             sft_optimizer.param_groups[0]["lr"] = settings.sft_lr * (1 - step / sft_end)
             rng = rng_for(seed, "demonstrations", step)
             for _ in range(settings.sft_steps):
@@ -635,7 +640,7 @@ def train_arm(arm, base_policy, chat, settings, seed):
 # probe: (kind of held-out task, format). No arm practises format B.
 PROBES = {"success": ("long", "A"), "one_call": ("one_call", "A")}
 PROBES |= {"format_b": ("long", "B"), "asks": ("no_call", "A")}
-# place in a right message: the control token due there. At "json", after the tag, none is due.
+# place in a right message: the control token due there, or "" for none. "json" follows the tag.
 PLACES = {"call": OPEN["A"], "json": "", "close": CLOSE["A"], "end": END, "reply": ""}
 
 
@@ -643,10 +648,10 @@ PLACES = {"call": OPEN["A"], "json": "", "close": CLOSE["A"], "end": END, "reply
 def teacher_forced(policy, episodes):
     """Feed right conversations, whatever the policy would have written. -> skill, p
 
-    skill is the policy's success if it had only the names of tools and people to write: the mean
-    probability to sample all of them right. p["TOKEN PLACE"] is the mean probability of a control
-    token at a place where it is not due. (This is called teacher forcing, and has nothing to do
-    with the hasty teacher.)
+    skill is what success would be if the policy had only the names of tools and people to write:
+    the mean probability of sampling them all right. p["TOKEN PLACE"] is the mean probability of a
+    control token at a place where it is not due. (This is called teacher forcing, and has nothing
+    to do with the hasty teacher.)
     """
     chat = episodes[0].chat
     gold = [Episode(chat, episode.question, episode.directory) for episode in episodes]
@@ -777,7 +782,7 @@ def judge(history):
         down = first_down(rl)
         fell = down.success <= DOWN and base.success >= 0.2
         stays = fell and max(e.success for e in rl[-3:]) <= DOWN
-        yield "collapse", "rl falls from 0.2 or more to 0.05 or less, and stays there", stays
+        yield "collapse", "rl falls from 0.2 or more to 0.05 or less, and ends there", stays
         spiked = fell and down.rose in down.spiked
         yield "control_token", "when rl is first down, what rose most has spiked (*)", spiked
         intact = fell and down.skill >= 0.8 * base.skill
@@ -789,7 +794,8 @@ def judge(history):
         lost = end.format_b < 0.8 * base.format_b
         yield "price", "interleaved ends with format_b below 0.8 of the base's", lost
     if interleaved and sft:
-        beyond = end.success >= max(base.success, sft[-1].success) + 0.2
+        gain = end.success - max(base.success, sft[-1].success)
+        beyond = round(gain, 9) >= 0.2  # 0.6 - 0.4 is a little less than 0.2
         yield "together", "interleaved ends 0.2 or more above sft and the base", beyond
     if rl and strict:
         caused = any(e.spiked for e in rl) and not any(e.spiked for e in strict)
@@ -811,10 +817,10 @@ class Chat:
 
     @functools.cache  # a few hundred texts are encoded again and again
     def encode(self, text):
-        """Text -> ids. The program stops at a text that does not survive this."""
+        """Text -> ids. The program stops at a text that decoding does not give back."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         if self.decode(ids) != text:
-            stop(f"no tokens for {text!r}: has tiny_tasks.json all names in it?")
+            stop(f"no tokens for {text!r}: does tiny_tasks.json list all names?")
         return ids
 
     @functools.cache
@@ -835,7 +841,7 @@ class Chat:
 
 
 def tiny_tokenizer():
-    """Tags, names and headers are tokens, and so is each text between them, "The answer is "."""
+    """Tags, names and headers are tokens, and so is the text between them, as "The answer is "."""
     pad = "<pad>"  # not <|im_end|>: trainers that mask padding would then mask the end, too
     tokens = [pad, *CONTROL, *TOOLS, *PEOPLE, NOBODY, "system\n", "user\n", "assistant\n", "tool\n"]
     tokens += ["use ", " of ", " ?", '{"name": "', '", "arguments": {"of": "', '"}}', "error"]
@@ -911,18 +917,19 @@ def load(settings):
 
 
 def check_tasks(chat):
-    """Stop unless each question stands there once and is solved by its own right conversation."""
+    """Stop unless each question occurs only once and is solved by its own right conversation."""
     directory = new_directory(rng_for(0, "check"))
     for kind in KINDS:
         if not TRAIN.get(kind) or not HELD_OUT.get(kind):
             stop(f"tiny_tasks.json: {kind}: train and held_out need questions")
         questions = TRAIN[kind] + HELD_OUT[kind]
-        for question, fmt in product(questions, OPEN):
+        for question, fmt in product(questions, "AB"):
             episode = Episode(chat, question, directory, fmt)
             replay(episode, episode.gold)
             right = solved(episode) and kind == KINDS[min(len(episode.gold_calls), 2)]
-            if questions.count(question) > 1 or not right:
-                stop(f"tiny_tasks.json: {question!r} is no {kind} question, or stands there twice")
+            unknown = episode.gold[-1] == ANSWER + "error"  # a name that the file does not list
+            if questions.count(question) > 1 or unknown or not right:
+                stop(f"tiny_tasks.json: {question!r} is no {kind} question, or occurs twice")
 
 
 # %% Run: read the settings, go through seeds and arms
@@ -1011,7 +1018,7 @@ def main(settings=None):
     return histories
 
 
-# In a notebook, the cells define all of this, and then main(Settings(arms=["rl"])) runs.
+# In a notebook, run the cells, which define all of this, and then main(Settings(arms=["rl"])).
 if __name__ == "__main__" and "__file__" in globals():
     if hasattr(sys.stdout, "reconfigure"):  # a line comes at once, with ? for what cannot be shown
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
