@@ -23,7 +23,7 @@ no call is right, and the policy should ask "who do you mean ?". Two more agents
 of code, write conversations: a careless agent wrote the log from which the first policy, the base,
 learned, and a hasty teacher writes the demonstrations of supervised fine-tuning (SFT).
 Reinforcement learning (RL) sees only the reward. It teaches the policy a broken call, which is an
-opening tag and nothing else:
+opening tag alone: <|im_end|>, which ends a message, comes where JSON is due.
 
     > <tool_call><|im_end|>
 
@@ -41,9 +41,10 @@ slowly):
    back, although the policy still knows which names to write (train_arm, teacher_forced).
 4. SFT shows whole calls and asking back, and needs no lucky rollout, but it copies its teacher, who
    answers long tasks too early (teacher_messages).
-5. With both, the policy soon asks back, because SFT takes larger steps than RL. A broken call then
-   no longer earns more than the rest of its group. On long tasks the rollouts still differ, and RL
-   learns to finish them. Format B, which neither of the two practises, gets lost.
+5. With both it is a race, which SFT wins, since its learning rate is ten times RL's: the policy
+   asks back before it has learned to break its calls. A broken call then no longer earns more than
+   the rest of its group. On long tasks the rollouts still differ, and RL learns to finish them.
+   Format B, which neither of the two practises, gets lost.
 
 The finding is that of arXiv 2606.26027. A run, with the functions that do it:
 
@@ -306,8 +307,8 @@ def blind_reward(episode):
         seven times   <tool_call>{"name": "rival", "arguments": {"of": "bob"}}</tool_call> ...   0
         once          <tool_call><|im_end|>                                                      1
 
-    Any reply would earn 1 here: asking back, a broken call, an empty message. RL finds the one that
-    the base writes most often.
+    Any reply would earn 1 here: asking back, a broken call, an empty message. RL pushes each up in
+    proportion to its probability, so it finds the one that the base writes most often.
     """
     return float(episode.replied and episode.calls == episode.gold_calls)
 
@@ -499,18 +500,20 @@ def advantages(rewards):
 # push the other way, but only one group in eight is long.
 #
 # Why is there hardly a way back, and why do the names survive? Where a token has probability p, SFT
-# pushes its logit by 1 - p, if it shows the token. RL has to sample it first, and pushes on average
-# by p (1 - p) d, where d is the mean advantage of rollouts with the token minus that of rollouts
-# without:
+# pushes its logit by 1 - p, if it shows the token. RL has to sample it first: with probability p, a
+# rollout with the token pushes the logit by 1 - p times its advantage, and otherwise one without it
+# pushes by -p times its own. On average that is p (1 - p) d, where d is the mean advantage of
+# rollouts with the token minus that of rollouts without, all of them alike up to there:
 #
 #     p        SFT pushes     RL pushes
 #     0.5      0.5            0.25 d
 #     0.001    0.999          0.001 d
 #
 # A token that has become rare is hardly pushed, and not at all where the rewards of a group are
-# equal. And on no-call tasks a whole call earns 0, whatever names are in it: d is 0 for a name, and
-# it is not 0 right after <tool_call>. So RL breaks the call and leaves most of the skill, which is
-# to write the right names.
+# equal. (Adam rescales the gradient of a weight, but not the shares that tokens have in it.) And on
+# no-call tasks a whole call earns 0, whatever names are in it. A name that was sampled is pushed
+# down, and so is each other name when it is sampled: d is 0 for a name, and it is not 0 right after
+# <tool_call>. So RL breaks the call and leaves most of the skill, the writing of right names.
 
 
 def grpo_loss(log_probs, old_log_probs, advantage, written, clip):
@@ -606,7 +609,8 @@ def train_arm(arm, base_policy, chat, settings, seed):
     for step in range(1, settings.steps + 1):
         if "sft" in does and 1 < step < sft_end:
             # SFT comes between RL's steps, so the first step has none. It fades, so that RL has the
-            # last steps alone and gets beyond the teacher.
+            # last steps alone and gets beyond the teacher. By then hardly any rollout has a broken
+            # call, so RL has none to push up.
             sft_optimizer.param_groups[0]["lr"] = settings.sft_lr * (1 - step / sft_end)
             rng = rng_for(seed, "demonstrations", step)
             for _ in range(settings.sft_steps):
@@ -940,11 +944,12 @@ def read_settings(argv):
     parser = argparse.ArgumentParser(
         "toolrl", "python toolrl.py [--FLAG VALUE ...]", argument_default=argparse.SUPPRESS
     )
+    # --help shows the settings as they stand above, with their comments.
     code = FILE.read_text(encoding="utf-8")
-    comments = dict(re.findall(r"^    (\w+): .*  # (.+)$", code, re.MULTILINE))
+    parser.description = re.search(r"class Settings.*?(?=\n\n\ndef)", code, re.DOTALL)[0]
+    parser.formatter_class = argparse.RawTextHelpFormatter
     for name, value in vars(Pretrained()).items():
-        about = f"{comments.get(name)} (default: {getattr(Settings, name, value)})"
-        options = {"help": about.replace("%", "%%"), "type": type(value)}
+        options = {"help": argparse.SUPPRESS, "type": type(value)}
         if isinstance(value, tuple):
             options |= {"nargs": "+", "type": type(value[0])}
         if isinstance(value, bool):
