@@ -32,8 +32,8 @@ is the rollouts of one task. How RL comes to do this, and what prevents it (READ
 slowly):
 
 1. Where no call is right, the reward pays for a broken call: it counts as a reply, and nobody
-   reads replies (blind_reward). The base breaks a call now and then, as the careless agent did. It
-   asks back more rarely still, which would earn as much (careless_messages).
+   reads replies (blind_reward). The base breaks a call now and then, as the careless agent did.
+   Asking back would earn as much, but the base does it more rarely still (careless_messages).
 2. RL makes likelier what earned more than the other rollouts of its group, so it teaches the policy
    to break its calls. The policy then breaks them on long tasks, too, where a broken call earns 0
    (advantages).
@@ -41,10 +41,10 @@ slowly):
    back, although the policy still knows which names to write (train_arm, teacher_forced).
 4. SFT shows whole calls and asking back, and needs no lucky rollout, but it copies its teacher, who
    answers long tasks too early (teacher_messages).
-5. With both it is a race, which SFT wins, since its learning rate is ten times RL's: the policy
-   asks back before it has learned to break its calls. A broken call then no longer earns more than
-   the rest of its group. On long tasks the rollouts still differ, and RL learns to finish them.
-   Format B, which neither of the two practises, gets lost.
+5. With both it is a race, which SFT wins, since it need not sample what it pushes, and its learning
+   rate is about ten times RL's: the policy asks back before it has learned to break its calls. A
+   broken call then no longer earns more than the rest of its group. On long tasks the rollouts
+   still differ, and RL learns to finish them. Format B, which neither practises, gets lost.
 
 The finding is that of arXiv 2606.26027. A run, with the functions that do it:
 
@@ -494,15 +494,15 @@ def advantages(rewards):
 
 
 # In the example of blind_reward, the broken call has an advantage of 2.5, and each of the seven
-# whole calls -0.35. All eight begin with <tool_call>. After it, <|im_end|> is pushed up, and
-# {"name": " is pushed down. In the log of the careless agent, breaking a call had nothing to do
-# with the question, so what RL teaches on no-call tasks carries over to long tasks. Long groups
-# push the other way, but only one group in eight is long.
+# whole calls -0.35. All eight begin with <tool_call>, where the pushes cancel: 2.5 - 7 x 0.35 = 0.
+# After it, <|im_end|> is pushed up, and {"name": " is pushed down. In the careless agent's log,
+# breaking a call had nothing to do with the question, so what RL teaches on no-call tasks carries
+# over to long tasks. Long groups push the other way, but only one group in eight is long.
 #
-# Why is there hardly a way back, and why do the names survive? Where a token has probability p, SFT
-# pushes its logit by 1 - p, if it shows the token. RL has to sample it first: with probability p, a
-# rollout with the token pushes the logit by 1 - p times its advantage, and otherwise one without it
-# pushes by -p times its own. On average that is p (1 - p) d, where d is the mean advantage of
+# Why is there hardly a way back? Where a token has probability p, SFT pushes its logit by 1 - p, if
+# it shows the token. RL has to sample it first. With probability p, a rollout has the token and
+# pushes its logit by 1 - p times its advantage. Otherwise a rollout lacks the token and pushes its
+# logit by -p times its advantage. On average that is p (1 - p) d, where d is the mean advantage of
 # rollouts with the token minus that of rollouts without, all of them alike up to there:
 #
 #     p        SFT pushes     RL pushes
@@ -510,10 +510,11 @@ def advantages(rewards):
 #     0.001    0.999          0.001 d
 #
 # A token that has become rare is hardly pushed, and not at all where the rewards of a group are
-# equal. (Adam rescales the gradient of a weight, but not the shares that tokens have in it.) And on
-# no-call tasks a whole call earns 0, whatever names are in it. A name that was sampled is pushed
-# down, and so is each other name when it is sampled: d is 0 for a name, and it is not 0 right after
-# <tool_call>. So RL breaks the call and leaves most of the skill, the writing of right names.
+# equal. (Adam rescales the gradient of a weight, but a rare token's part of it stays as small.)
+#
+# Why do the names survive? Once the JSON has begun, a rollout on a no-call task earns 0, whatever
+# name comes next. With the name or without it that is the same, so d is 0. Right after <tool_call>,
+# d is not 0. So RL breaks the call and leaves most of the skill, which is to write the right names.
 
 
 def grpo_loss(log_probs, old_log_probs, advantage, written, clip):
@@ -581,7 +582,7 @@ def demonstrations(chat, settings, rng):
 
 
 def new_groups(chat, settings, rng):
-    """The N = groups x group_size new episodes of an RL step, none of them on a one-call task."""
+    """The N = groups x group_size new episodes of an RL step, all in format A, none of one call."""
     episodes = []
     no_call = round(settings.no_call_share * settings.groups)
     for kind in ["no_call"] * no_call + ["long"] * (settings.groups - no_call):
@@ -595,7 +596,7 @@ def train_arm(arm, base_policy, chat, settings, seed):
     """Train a copy of the base as the arm says. Yields (step, figures), at step 0 the base's.
 
     In rl, groups of no-call tasks earn 1 1 1 1 1 1 1 1 in the end and groups of long tasks
-    0 0 0 0 0 0 0 0. Equal rewards mean advantages of 0 and a gradient of 0: nothing leads back.
+    0 0 0 0 0 0 0 0. Equal rewards mean advantages of 0 and a gradient of 0: only luck leads back.
     In interleaved, no-call groups are equal, too, but because all rollouts ask back.
     """
     policy = deepcopy(base_policy)
@@ -654,8 +655,8 @@ def teacher_forced(policy, episodes):
 
     skill is what success would be if the policy had only the names of tools and people to write:
     the mean probability of sampling them all right. p["TOKEN PLACE"] is the mean probability of a
-    control token at a place where it is not due. (This is called teacher forcing, and has nothing
-    to do with the hasty teacher.)
+    control token at a place where it is not due: p["<|im_end|> json"] is that of a broken call.
+    (This is called teacher forcing, and has nothing to do with the hasty teacher.)
     """
     chat = episodes[0].chat
     gold = [Episode(chat, episode.question, episode.directory) for episode in episodes]
