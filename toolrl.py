@@ -786,8 +786,8 @@ def judge(history):
     if rl:
         down = first_down(rl)
         fell = down.success <= DOWN and base.success >= 0.2
-        stays = fell and max(e.success for e in rl[-3:]) <= DOWN
-        yield "collapse", "rl falls from 0.2 or more to 0.05 or less, and ends there", stays
+        ends = fell and max(e.success for e in rl[-3:]) <= DOWN
+        yield "collapse", "rl falls from 0.2 or more to 0.05 or less, and ends there", ends
         spiked = fell and down.rose in down.spiked
         yield "control_token", "when rl is first down, what rose most has spiked (*)", spiked
         intact = fell and down.skill >= 0.8 * base.skill
