@@ -513,7 +513,7 @@ def test_demonstrations_have_exact_shares_and_hasty_ones_answer_too_early():
     assert kinds == right | {"A: 1 of 2": 15, "A: 1 of 3": 11, "A: 2 of 3": 10}
 
 
-def test_an_rl_step_has_exact_shares_and_all_tries_of_a_group_have_one_task():
+def test_an_rl_step_has_exact_shares_and_all_rollouts_of_a_group_have_one_task():
     groups = toolrl.new_groups(TINY, replace(SMALL, groups=20), rng_for(0, "x"))
     assert len(set(map(id, groups))) == 80
     tasks = [f"{episode.question} {episode.directory}" for episode in groups]
@@ -839,7 +839,7 @@ tokenizer.json  | {                   | [                      | --model
 tokenizer.json  | normalizer": null   | normalizer": {"type": "Lowercase"} | no tokens for
 """)
 def test_other_files_are_accepted_or_get_one_line(name, old, new, words, tmp_path, capsys):
-    flags = [] if "zo" in new else ["--model", save_checkpoint(tmp_path)]  # zoe meets the tiny one
+    flags = [] if "zo" in new else ["--model", save_checkpoint(tmp_path)]  # zoe: a tiny model
     path = copied(tmp_path) / name
     text = path.read_text(encoding="utf-8").replace(old, new)
     path.write_text(text, encoding="utf-8-sig" if "tasks" in name else "utf-8")  # as some do

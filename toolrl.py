@@ -28,8 +28,8 @@ opening tag alone: <|im_end|>, which ends a message, comes where JSON is due.
     > <tool_call><|im_end|>
 
 An episode is one conversation about one task. A rollout is one that the policy wrote, and a group
-is the rollouts of one task. How RL comes to do this, and what prevents it (README.md tells it
-slowly):
+is the rollouts of one task. A long task takes two calls or three. How RL comes to teach broken
+calls, and what prevents it (README.md tells it slowly):
 
 1. Where no call is right, the reward pays for a broken call: it counts as a reply, and nobody
    reads replies (blind_reward). The base breaks a call now and then, as the careless agent did.
@@ -111,7 +111,7 @@ class Settings:
     minibatches: int = 4  # updates from the rollouts of one RL step
     clip: float = 0.2  # a token is pushed no further once its probability has changed by this share
     # SFT
-    sft_steps: int = 2  # SFT updates before each RL step but the first, until SFT ends
+    sft_steps: int = 2  # SFT updates in each step but the first, until SFT has faded
     sft_lr: float = 2e-3  # learning rate of SFT, which falls from here in a straight line
     sft_until: float = 0.8  # share of the steps after which SFT's learning rate is 0
     sft_batch: int = 32  # conversations in an SFT update, and in an update of the base
@@ -500,10 +500,10 @@ def advantages(rewards):
 # over to long tasks. Long groups push the other way, but only one group in eight is long.
 #
 # Why is there hardly a way back? Where a token has probability p, SFT pushes its logit by 1 - p, if
-# it shows the token. RL has to sample it first. With probability p, a rollout has the token and
-# pushes its logit by 1 - p times its advantage. Otherwise a rollout lacks the token and pushes its
-# logit by -p times its advantage. On average that is p (1 - p) d, where d is the mean advantage of
-# rollouts with the token minus that of rollouts without, all of them alike up to there:
+# it shows the token. RL has to sample it first. A rollout that has the token comes with probability
+# p, and pushes the logit by (1 - p) x its advantage. A rollout without the token pushes the logit
+# by -p x its advantage. On average that is p (1 - p) d, where d is the mean advantage of rollouts
+# with the token minus that of rollouts without, all of them alike up to there:
 #
 #     p        SFT pushes     RL pushes
 #     0.5      0.5            0.25 d
@@ -525,8 +525,8 @@ def grpo_loss(log_probs, old_log_probs, advantage, written, clip):
     batch, of min(ratio x advantage, clipped ratio x advantage); the clipped ratio is from 1 - clip
     to 1 + clip. Prompts, results and padding are left out, since the policy did not write them.
     """
-    # The policy has moved since it sampled these tokens. The ratio, the new probability by the
-    # old, corrects for that. In the first minibatch it is 1, and its gradient is that of log p.
+    # The policy has moved since it sampled these tokens. The ratio, the new probability over
+    # the old, corrects for that. In the first minibatch it is 1, and its gradient is that of log p.
     ratio = (log_probs - old_log_probs).exp()  # [M, T-1]
     # The reward comes at the end, so all tokens of a rollout share one advantage.
     advantage = advantage[:, None]  # [M, 1]
