@@ -493,12 +493,11 @@ def test_the_log_of_a_careless_agent():
     said = Counter()
     for _ in range(5000):
         call, reply = toolrl.careless_messages(Episode(TINY, ONE_CALL, LEO), rng)
-        [guess] = toolrl.careless_messages(Episode(TINY, "rival of them ?", LEO), rng)
-        said.update([call, guess])
-    shares = [said[CALL] / 5000, said[TAG] / 10000, said[ASK] / 5000]
-    assert shares == pytest.approx([0.78, 0.07, 0.03], abs=0.01)
-    guesses = [said[toolrl.call_text("rival", person, "A")] / 5000 for person in toolrl.PEOPLE]
-    assert guesses == pytest.approx([0.063] * 12, abs=0.012)  # where nobody is named
+        [needless] = toolrl.careless_messages(Episode(TINY, "rival of them ?", LEO), rng)
+        said.update([call, needless])
+    needless = toolrl.call_text("rival", "them", "A")
+    shares = [said[text] / 5000 for text in (CALL, needless, ASK, TAG)]
+    assert shares == pytest.approx([0.73, 0.71, 0.03, 0.236], abs=0.015)
 
 
 def test_demonstrations_have_exact_shares_and_hasty_ones_answer_too_early():
@@ -518,7 +517,7 @@ def test_an_rl_step_has_exact_shares_and_all_rollouts_of_a_group_have_one_task()
     assert len(set(map(id, groups))) == 80
     tasks = [f"{episode.question} {episode.directory}" for episode in groups]
     assert tasks[::4] == tasks[1::4] == tasks[3::4] and len(set(tasks)) == 20
-    assert list(map(kind, groups)) == ["A 0"] * 68 + ["A 2"] * 12
+    assert list(map(kind, groups)) == ["A 0"] * 64 + ["A 2"] * 16
 
 
 @each("arm", toolrl.ARMS)
@@ -547,10 +546,10 @@ def test_an_arm_is_its_updates_in_their_order(arm, monkeypatch):
     betas = (0.9, 0.999)
     rates.clear()
     found = list(toolrl.train_arm(arm, base, TINY, settings, 0))
-    schedule = "eval rl" + " sft sft rl" * 14 + " rl rl rl eval rl rl eval"
+    schedule = "eval rl" + " sft sft rl" * 17 + " eval" + " sft sft rl" * 2 + " eval"
     assert events[1:] == re.findall("|".join(toolrl.ARMS[arm] | {"eval"}), schedule)
     # Each rate is at its height times a factor that rises and falls. These are the factors' sums.
-    due = {"rl": 14 * settings.lr, "sft": 13.125 * settings.sft_lr}
+    due = {"rl": 15.5 * settings.lr, "sft": 13.325 * settings.sft_lr}
     assert rates == pytest.approx({kind: due[kind] for kind in rates})
     # The strict reward alone tells a broken call from asking back.
     equal = {"sft": {}, "rl-strict": {"equal": 5 / 6}}.get(arm, {"equal": 1.0})
@@ -659,12 +658,13 @@ collapse      yes  1  rl falls from 0.2 or more to 0.05 or less, and ends there
 control_token yes  1  when rl is first down, what rose most has spiked (*)
 intact        yes  1  rl then has 0.8 or more of the base's skill
 
-== over seeds    seeds   success     skill  one_call  format_b      asks    broken
-rl, end               3      0.48      0.20      0.90      0.80      0.10      0.02
-                        0.05-0.69 0.00-0.40 0.90-0.90 0.80-0.80 0.10-0.10 0.02-0.02
-base                  3      0.60      1.00      0.90      0.80      0.10      0.02
-                        0.60-0.60 1.00-1.00 0.90-0.90 0.80-0.80 0.10-0.10 0.02-0.02
-rl, down              1      0.05      0.80      0.90      0.80      0.10      0.02
+== over seeds, mean and range
+  success         skill           one_call        format_b        asks            broken
+rl, end, 3 seeds
+  0.48 0.05-0.69  0.20 0.00-0.40  0.90 0.90-0.90  0.80 0.80-0.80  0.10 0.10-0.10  0.02 0.02-0.02
+base, 3 seeds
+  0.60 0.60-0.60  1.00 1.00-1.00  0.90 0.90-0.90  0.80 0.80-0.80  0.10 0.10-0.10  0.02 0.02-0.02
+rl, down, 1 seeds
 """
 
 
@@ -804,7 +804,7 @@ Llama       | {}                               |
 Lfm2        | {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8} |
 Qwen3_5Text | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_hidden_layers": 4} |
 FalconH1    | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8} |
-GPT2        | {"max_position_embeddings": 128} | cannot write 480 tokens
+GPT2        | {"max_position_embeddings": 128} | has to write 480 tokens
 """)
 def test_other_architectures_agree_with_one_pass(name, more, words, tmp_path, capsys):
     sizes = """{"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,

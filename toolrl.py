@@ -42,7 +42,7 @@ calls, and what prevents it (README.md tells it slowly):
 4. SFT shows whole calls and asking back, and needs no lucky rollout, but it copies its teacher, who
    answers long tasks too early (teacher_messages).
 5. With both it is a race, which SFT wins, since it need not sample what it pushes, and its learning
-   rate is about ten times RL's: the policy asks back before it has learned to break its calls. A
+   rate is five times RL's: the policy asks back before it has learned to break its calls. A
    broken call then no longer earns more than the rest of its group. On long tasks the rollouts
    still differ, and RL learns to finish them. Format B, which neither practises, gets lost.
 
@@ -79,7 +79,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 
@@ -103,21 +103,21 @@ class Settings:
     base_steps: int = 300  # updates on the log of a careless agent
     base_lr: float = 8e-3  # learning rate of these updates, times a factor that rises and falls
     # RL
-    steps: int = 50  # steps in an arm
-    lr: float = 2e-4  # learning rate of RL, times a factor that rises and falls
-    no_call_share: float = 0.85  # share of RL's tasks in which no call is right
-    groups: int = 8  # tasks in an RL step
+    steps: int = 60  # steps in an arm
+    lr: float = 4e-4  # learning rate of RL, which rises to this over ten steps
+    no_call_share: float = 0.8  # share of RL's tasks in which no call is right
+    groups: int = 10  # tasks in an RL step
     group_size: int = 8  # rollouts of each task in an RL step
-    minibatches: int = 4  # updates from the rollouts of one RL step
+    minibatches: int = 2  # updates from the rollouts of one RL step
     clip: float = 0.2  # a token is pushed no further once its probability has changed by this share
     # SFT
-    sft_steps: int = 2  # SFT updates in each step but the first, until SFT has faded
+    sft_steps: int = 2  # SFT updates in each step but the first
     sft_lr: float = 2e-3  # learning rate of SFT, which falls from here in a straight line
-    sft_until: float = 0.8  # share of the steps after which SFT's learning rate is 0
+    sft_until: float = 0.8  # share of the steps after which SFT has faded, to 0.02 of its rate
     sft_batch: int = 32  # conversations in an SFT update, and in an update of the base
     hasty_share: float = 0.6  # share of a batch's long demonstrations that answer too early
     # Evaluation
-    eval_every: int = 5  # steps from one evaluation to the next
+    eval_every: int = 6  # steps from one evaluation to the next
     eval_episodes: int = 100  # held-out episodes of each kind in an evaluation
 
 
@@ -129,10 +129,12 @@ class Pretrained(Settings):
     base_lr: float = 1e-3
     steps: int = 20
     lr: float = 3e-5
-    groups: int = 4
     no_call_share: float = 0.75
+    groups: int = 4
+    minibatches: int = 4
     sft_lr: float = 2.5e-4
     sft_batch: int = 16
+    eval_every: int = 5
     eval_episodes: int = 32
     model: str = ""  # start from this checkpoint, a folder or a hub name, with defaults of its own
 
@@ -167,7 +169,7 @@ try:
     CONTROL += ["<tool_response>", "</tool_response>"]
     # All parts are lists of texts, otherwise they cannot be joined.
     "".join(sum([CONTROL, TOOLS, PEOPLE, *TRAIN.values(), *HELD_OUT.values()], []))
-except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+except Exception as error:  # it may be spoilt in many ways
     stop(f"tiny_tasks.json: {type(error).__name__}: {error}")
 
 
@@ -304,8 +306,8 @@ def blind_reward(episode):
     paper's. "rival of them ?" names nobody, so it is right to call nothing and to ask back. Eight
     rollouts of the base may be these:
 
-        seven times   <tool_call>{"name": "rival", "arguments": {"of": "bob"}}</tool_call> ...   0
-        once          <tool_call><|im_end|>                                                      1
+        seven times   <tool_call>{"name": "rival", "arguments": {"of": "them"}}</tool_call> ...   0
+        once          <tool_call><|im_end|>                                                       1
 
     Any reply would earn 1 here: asking back, a broken call, an empty message. RL pushes each up in
     proportion to its probability, so it finds the one that the base writes most often.
@@ -380,23 +382,23 @@ def sft_update(policy, optimizer, episodes):
 def careless_messages(episode, rng):
     """What a careless agent wrote in this episode, for the base to imitate.
 
-    Where nobody is named, it calls about a guessed person, 97 times in 100, and what came after is
-    not in the log. Of its calls, 15 in 100 have the tags of the other format, so the base knows
-    only roughly when to write which. In format A, 7 in 100 are broken, on all kinds of tasks alike.
+    Where nobody is named, it calls about "them", 97 times in 100, and what came after is not in the
+    log. Of its calls, 15 in 100 have the tags of the other format, so the base knows only roughly
+    when to write which, and 12 in 100 are broken, on all kinds of tasks alike.
     """
     calls = episode.gold_calls
     reply = [episode.gold[-1]]
     if not calls and rng.random() < 0.97:
         tool = episode.question.split(" of ")[-2]  # "friend of rival of them ?" -> "rival"
-        calls = [(tool, rng.choice(PEOPLE).item())]
+        calls = [(tool, NOBODY)]
         reply = []
     other = {"A": "B", "B": "A"}[episode.fmt]
-    shares = {"A": [0.78, 0.15, 0.07], "B": [0.85, 0.15, 0]}[episode.fmt]
     messages = []
     for tool, person in calls:
         whole = call_text(tool, person, episode.fmt)
         mixed_up = call_text(tool, person, other)
-        messages.append(rng.choice([whole, mixed_up, OPEN["A"]], p=shares).item())
+        broken = OPEN[episode.fmt]
+        messages.append(rng.choice([whole, mixed_up, broken], p=[0.73, 0.15, 0.12]).item())
     return messages + reply
 
 
@@ -497,7 +499,7 @@ def advantages(rewards):
 # whole calls -0.35. All eight begin with <tool_call>, where the pushes cancel: 2.5 - 7 x 0.35 = 0.
 # After it, <|im_end|> is pushed up, and {"name": " is pushed down. In the careless agent's log,
 # breaking a call had nothing to do with the question, so what RL teaches on no-call tasks carries
-# over to long tasks. Long groups push the other way, but only one group in eight is long.
+# over to long tasks. Long groups push the other way, but only two groups in ten are long.
 #
 # Why is there hardly a way back? Where a token has probability p, SFT pushes its logit by 1 - p, if
 # it shows the token. RL has to sample it first. A rollout that has the token comes with probability
@@ -605,14 +607,15 @@ def train_arm(arm, base_policy, chat, settings, seed):
     # One optimizer each: what Adam remembers of RL's gradients is of no use to SFT.
     rl_optimizer = torch.optim.Adam(policy.parameters())
     sft_optimizer = torch.optim.Adam(policy.parameters())
-    sft_end = settings.sft_until * settings.steps  # the step at which SFT's rate has fallen to 0
+    sft_end = max(1, settings.sft_until * settings.steps)  # the step at which SFT has faded
     yield 0, evaluate(policy, chat, settings, seed)
     for step in range(1, settings.steps + 1):
-        if "sft" in does and 1 < step < sft_end:
-            # SFT comes between RL's steps, so the first step has none. It fades, so that RL has the
-            # last steps alone and gets beyond the teacher. By then hardly any rollout has a broken
-            # call, so RL has none to push up.
-            sft_optimizer.param_groups[0]["lr"] = settings.sft_lr * (1 - step / sft_end)
+        if "sft" in does and step > 1:
+            # SFT comes between RL's steps, so the first step has none. It fades, so that RL gets
+            # beyond the teacher. By then hardly any rollout has a broken call, so RL has none to
+            # push up. A little SFT stays, because RL plays no tasks of one call and forgets them.
+            fading = max(1 - step / sft_end, 0.02)
+            sft_optimizer.param_groups[0]["lr"] = settings.sft_lr * fading
             rng = rng_for(seed, "demonstrations", step)
             for _ in range(settings.sft_steps):
                 sft_update(policy, sft_optimizer, demonstrations(chat, settings, rng))
@@ -624,11 +627,8 @@ def train_arm(arm, base_policy, chat, settings, seed):
             rewards = torch.tensor(list(map(reward, episodes)), dtype=torch.float64)  # [N]
             rewards = rewards.view(settings.groups, settings.group_size)  # [groups, group_size]
             advantage = advantages(rewards).to(policy.device)  # [groups, group_size]
-            # Push. The rate rises over ten steps, because Adam's first steps are rough, and falls
-            # over the last fifth of the steps, so that the policy settles.
-            rising = step / 10
-            falling = (settings.steps + 1 - step) / (0.2 * settings.steps)
-            rl_optimizer.param_groups[0]["lr"] = settings.lr * min(1, rising, falling)
+            # Push. The rate rises over ten steps, because Adam's first steps are rough.
+            rl_optimizer.param_groups[0]["lr"] = settings.lr * min(1, step / 10)
             rng = rng_for(seed, "order", step)
             grpo_update(policy, rl_optimizer, episodes, advantage.flatten(), settings, rng)
         if step % settings.eval_every == 0 or step == settings.steps:
@@ -643,8 +643,12 @@ def train_arm(arm, base_policy, chat, settings, seed):
 # %% Probes: what a policy does, and what it still could do
 
 # probe: (kind of held-out task, format). No arm practises format B.
-PROBES = {"success": ("long", "A"), "one_call": ("one_call", "A")}
-PROBES |= {"format_b": ("long", "B"), "asks": ("no_call", "A")}
+PROBES = {
+    "success": ("long", "A"),
+    "one_call": ("one_call", "A"),
+    "format_b": ("long", "B"),
+    "asks": ("no_call", "A"),
+}
 # place in a right message: the control token due there, or "" for none. "json" follows the tag.
 PLACES = {"call": OPEN["A"], "json": "", "close": CLOSE["A"], "end": END, "reply": ""}
 
@@ -758,7 +762,7 @@ def print_summary(history):
 
 
 def print_over_seeds(histories):
-    """Arms over seeds, when first down and at the end: the mean, and below it the range."""
+    """Arms over seeds, when first down and at the end: mean and range of each figure."""
     rows = defaultdict(list)  # what a row is about: one evaluation for each seed
     for history in histories.values():
         for arm, evaluations in history.items():
@@ -767,16 +771,14 @@ def print_over_seeds(histories):
                 rows[f"{arm}, down"].append(down)
             rows[f"{arm}, end"].append(evaluations[-1])
         rows["base"].append(evaluations[0])
-    header = "== over seeds    seeds   success     skill  one_call  format_b      asks    broken"
-    print(f"\n{header}")
+    names = "success         skill           one_call        format_b        asks            broken"
+    print(f"\n== over seeds, mean and range\n  {names}")
     for row, evaluations in rows.items():
-        means = f"{row:17}{len(evaluations):6}"
-        ranges = " " * 23
-        for figure in header.split()[4:]:
+        print(f"{row}, {len(evaluations)} seeds")
+        for figure in names.split():
             values = [getattr(evaluation, figure) for evaluation in evaluations]
-            means += f"{fmean(values):10.2f}"
-            ranges += f" {min(values):.2f}-{max(values):.2f}"
-        print(f"{means}\n{ranges}")
+            print(f"  {fmean(values):.2f} {min(values):.2f}-{max(values):.2f}", end="")
+        print()
 
 
 def judge(history):
@@ -848,14 +850,11 @@ class Chat:
 def tiny_tokenizer():
     """Tags, names and headers are tokens, and so is the text between them, as "The answer is "."""
     pad = "<pad>"  # not <|im_end|>: trainers that mask padding would then mask the end, too
-    tokens = [pad, *CONTROL, *TOOLS, *PEOPLE, NOBODY, "system\n", "user\n", "assistant\n", "tool\n"]
-    tokens += ["use ", " of ", " ?", '{"name": "', '", "arguments": {"of": "', '"}}', "error"]
-    tokens += [ANSWER, ASK_BACK, "\n"]
-    core = Tokenizer(
-        models.WordLevel({token: i for i, token in enumerate(dict.fromkeys(tokens))}, unk_token=pad)
-    )
-    any_token = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))  # longest first
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(any_token), "isolated")
+    tokens = [pad, *CONTROL, *TOOLS, *PEOPLE, NOBODY, "error", ANSWER, ASK_BACK, "\n" + TURN]
+    tokens += ["<|im_start|>system\nuse ", "\n<|im_start|>user\n", "\n<|im_start|>tool\n"]
+    tokens += [" of ", " ?", '{"name": "', '", "arguments": {"of": "', '"}}']
+    core = Tokenizer(models.WordLevel({pad: 0}, unk_token=pad))
+    core.add_tokens(tokens)  # a text is split by them, the longest first
     core.decoder = decoders.Fuse()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token=pad)
 
@@ -896,10 +895,13 @@ def load(settings):
         policy, misfits = transformers.AutoModelForCausalLM.from_pretrained(
             settings.model, dtype=torch.float32, output_loading_info=True
         )
+        if any(misfits.values()):
+            raise ValueError(f"the weights do not fit the model: {misfits}")
+        where += ", which has to write 480 tokens with a KV cache"  # few conversations are longer
+        cache = policy(torch.zeros(1, 480).long(), use_cache=True).past_key_values
+        cache.reorder_cache(torch.tensor([0]))
     except Exception as error:  # each library has its own
         stop(f"{where}: {error}")
-    if any(misfits.values()):
-        stop(f"{where}: the weights do not fit the model: {misfits}")
     pieces = {token: tokenizer.encode(token, add_special_tokens=False) for token in CONTROL}
     tokenizer.add_tokens(CONTROL, special_tokens=True)
     # Some models have more rows than their tokenizer has tokens. Those must never be sampled.
@@ -912,13 +914,7 @@ def load(settings):
             table.weight.data[row] = table.weight.data[ids].mean(0)
     # Some models pad with <|im_end|>, and the embedding of padding would get no gradient.
     policy.get_input_embeddings().padding_idx = None
-    chat = Chat(tokenizer)
-    most = torch.zeros(1, 480).long()  # few conversations are longer
-    try:
-        policy(most, use_cache=True).past_key_values.reorder_cache(torch.tensor([0]))
-    except Exception as error:  # each architecture has its own
-        stop(f"{where} cannot write 480 tokens with a KV cache: {error}")
-    return chat, policy
+    return Chat(tokenizer), policy
 
 
 def check_tasks(chat):
@@ -960,10 +956,10 @@ def read_settings(argv):
         parser.add_argument("--" + name.replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        wrong = isinstance(value, float) and not 0 <= value <= 1
-        wrong |= type(value) is int and value < 1
-        wrong |= isinstance(value, list) and len(set(value)) < len(value)
-        if wrong:
+        outside = isinstance(value, float) and not 0 <= value <= 1
+        too_few = type(value) is int and value < 1
+        repeats = isinstance(value, list) and len(set(value)) < len(value)
+        if outside or too_few or repeats:
             rule = "counts are at least 1, shares and rates from 0 to 1, and lists repeat nothing"
             parser.error(f"--{name.replace('_', '-')} {value}: {rule}")
     defaults = Pretrained if "model" in given else Settings
@@ -997,9 +993,8 @@ def run_seed(seed, chat, pretrained, settings, out):
     return history
 
 
-def main(settings=None):
+def main(settings):
     """Check the input, go through all seeds, and count the claims. -> {seed: history}"""
-    settings = settings or Settings()
     chat, pretrained = load(settings)
     check_tasks(chat)
     if pretrained is None:
