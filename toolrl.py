@@ -27,9 +27,9 @@ opening tag alone: <|im_end|>, which ends a message, comes where JSON is due.
 
     > <tool_call><|im_end|>
 
-An episode is one conversation about one task. A rollout is one that the policy wrote, and a group
-is the rollouts of one task. A long task takes two calls or three. How RL comes to teach broken
-calls, and what prevents it (README.md tells it slowly):
+An episode is one conversation about one task. A rollout is an episode that the policy has played,
+and a group is the rollouts of one task. A long task takes two calls or three. How RL comes to teach
+broken calls, and what prevents it (README.md tells it slowly):
 
 1. Where no call is right, the reward pays for a broken call: it counts as a reply, and nobody
    reads replies (blind_reward). The base breaks a call now and then, as the careless agent did.
@@ -41,9 +41,9 @@ calls, and what prevents it (README.md tells it slowly):
    back, although the policy still knows which names to write (train_arm, teacher_forced).
 4. SFT shows whole calls and asking back, and needs no lucky rollout, but it copies its teacher, who
    answers long tasks too early (teacher_messages).
-5. With both it is a race, which SFT wins, since it need not sample what it pushes, and its learning
-   rate is five times RL's: the policy asks back before it has learned to break its calls. A
-   broken call then no longer earns more than the rest of its group. On long tasks the rollouts
+5. With both it is a race, which SFT wins, since it need not sample what it pushes, and at first its
+   learning rate is far above RL's: the policy asks back before it has learned to break its calls.
+   A broken call then no longer earns more than the rest of its group. On long tasks the rollouts
    still differ, and RL learns to finish them. Format B, which neither practises, gets lost.
 
 The finding is that of arXiv 2606.26027. A run, with the functions that do it:
@@ -51,11 +51,11 @@ The finding is that of arXiv 2606.26027. A run, with the functions that do it:
     for each seed: the base imitates the log of a careless agent          train_base
         for each arm, which is one way to go on from the base:            train_arm
             for each step:
-                in arms with SFT, until it fades: imitate the teacher     sft_update
+                in arms with SFT, less and less: imitate the teacher      sft_update
                 in arms with RL: play some tasks, each several times      rollout
                     score each conversation with 1 or 0                   blind_reward
                     push up what scored better than its group             grpo_update
-                at steps 0, 5, 10 ...: measure, on held-out tasks         evaluate
+                at steps 0, 6, 12 ...: measure, on held-out tasks         evaluate
         check what was measured against claims that can fail              judge
 
 Shapes: N episodes, M a part of them, T tokens, vocabulary V.
@@ -227,8 +227,8 @@ class Episode:
     """One conversation about one task: what would be right, and a record of what was said.
 
     Each token has an entry in three lists: `ids`; `written`, True for what the policy wrote or what
-    was replayed in its place; `log_probs`, its own when it was sampled, otherwise 0. A `chat` turns
-    text into ids and back (class Chat, further down).
+    was replayed in its place; `log_probs`, the token's log-probability when it was sampled, 0 for a
+    token that was not. A `chat` turns text into ids and back (class Chat, further down).
     """
 
     def __init__(self, chat, question, directory, fmt="A"):
@@ -496,7 +496,7 @@ def advantages(rewards):
 
 
 # In the example of blind_reward, the broken call has an advantage of 2.5, and each of the seven
-# whole calls -0.35. All eight begin with <tool_call>, where the pushes cancel: 2.5 - 7 x 0.35 = 0.
+# whole calls -0.35. All eight begin with <tool_call>, where 2.5 and seven times -0.35 cancel.
 # After it, <|im_end|> is pushed up, and {"name": " is pushed down. In the careless agent's log,
 # breaking a call had nothing to do with the question, so what RL teaches on no-call tasks carries
 # over to long tasks. Long groups push the other way, but only two groups in ten are long.
@@ -514,9 +514,10 @@ def advantages(rewards):
 # A token that has become rare is hardly pushed, and not at all where the rewards of a group are
 # equal. (Adam rescales the gradient of a weight, but a rare token's part of it stays as small.)
 #
-# Why do the names survive? Once the JSON has begun, a rollout on a no-call task earns 0, whatever
-# name comes next. With the name or without it that is the same, so d is 0. Right after <tool_call>,
-# d is not 0. So RL breaks the call and leaves most of the skill, which is to write the right names.
+# Why do the names survive? Once the JSON has begun, a rollout on a no-call task hardly ever earns
+# more than 0, whatever name comes next. With the name or without it that is the same, so d is about
+# 0. Right after <tool_call> it is not. So RL breaks the call and leaves most of the skill, which is
+# to write the right names.
 
 
 def grpo_loss(log_probs, old_log_probs, advantage, written, clip):
@@ -613,7 +614,7 @@ def train_arm(arm, base_policy, chat, settings, seed):
         if "sft" in does and step > 1:
             # SFT comes between RL's steps, so the first step has none. It fades, so that RL gets
             # beyond the teacher. By then hardly any rollout has a broken call, so RL has none to
-            # push up. A little SFT stays, because RL plays no tasks of one call and forgets them.
+            # push up. A little SFT stays, since tasks of one call, which RL lacks, are forgotten.
             fading = max(1 - step / sft_end, 0.02)
             sft_optimizer.param_groups[0]["lr"] = settings.sft_lr * fading
             rng = rng_for(seed, "demonstrations", step)
@@ -649,7 +650,7 @@ PROBES = {
     "format_b": ("long", "B"),
     "asks": ("no_call", "A"),
 }
-# place in a right message: the control token due there, or "" for none. "json" follows the tag.
+# Each place in a right message, with the control token due there, or "". "json" follows the tag.
 PLACES = {"call": OPEN["A"], "json": "", "close": CLOSE["A"], "end": END, "reply": ""}
 
 
@@ -753,7 +754,7 @@ def blocks(values):
 
 
 def print_summary(history):
-    """Success of all arms, and p of the control token that rose most when rl was first down."""
+    """Success of all arms, and p of the control token that rose most in rl, or the first arm."""
     cell = first_down(history.get("rl", list(history.values())[0])).rose
     print(f"\n== summary: success, and p of {cell}, from step to step")
     for arm, evaluations in history.items():
@@ -860,7 +861,7 @@ def tiny_tokenizer():
 
 
 def tiny_policy(chat, seed):
-    """A transformer with 48 thousand random weights in float64, which depend on the seed alone.
+    """A transformer with 48 thousand weights in float64, which depend on the seed alone.
 
     A StableLM is a Llama with another norm, one that does not go through float32.
     """
@@ -897,14 +898,14 @@ def load(settings):
         )
         if any(misfits.values()):
             raise ValueError(f"the weights do not fit the model: {misfits}")
-        where += ", which has to write 480 tokens with a KV cache"  # few conversations are longer
+        where += ", which has to take 480 tokens with a KV cache"  # few conversations are longer
         cache = policy(torch.zeros(1, 480).long(), use_cache=True).past_key_values
         cache.reorder_cache(torch.tensor([0]))
     except Exception as error:  # each library has its own
         stop(f"{where}: {error}")
     pieces = {token: tokenizer.encode(token, add_special_tokens=False) for token in CONTROL}
     tokenizer.add_tokens(CONTROL, special_tokens=True)
-    # Some models have more rows than their tokenizer has tokens. Those must never be sampled.
+    # Some models have more rows than their tokenizer has tokens. Such a row must not be sampled.
     policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     # A new tag starts as the mean of the pieces that used to spell it, because from a random start
     # one tag is mistaken for another. A tag that is not new is its own mean.
