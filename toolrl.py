@@ -55,7 +55,7 @@ The finding is that of arXiv 2606.26027. A run, with the functions that do it:
                 in arms with RL: play some tasks, each several times      rollout
                     score each conversation with 1 or 0                   blind_reward
                     push up what scored better than its group             grpo_update
-                at steps 0, 6, 12 ...: measure, on held-out tasks         evaluate
+                at steps 0, 10, 20 ...: measure, on held-out tasks        evaluate
         check what was measured against claims that can fail              judge
 
 Shapes: N episodes, M a part of them, T tokens, vocabulary V.
@@ -117,7 +117,7 @@ class Settings:
     sft_batch: int = 32  # conversations in an SFT update, and in an update of the base
     hasty_share: float = 0.6  # share of a batch's long demonstrations that answer too early
     # Evaluation
-    eval_every: int = 6  # steps from one evaluation to the next
+    eval_every: int = 10  # steps from one evaluation to the next
     eval_episodes: int = 100  # held-out episodes of each kind in an evaluation
 
 
