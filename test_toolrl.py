@@ -548,7 +548,7 @@ def test_an_arm_is_its_updates_in_their_order(arm, monkeypatch):
     found = list(toolrl.train_arm(arm, base, TINY, settings, 0))
     schedule = "eval rl" + " sft sft rl" * 17 + " eval" + " sft sft rl" * 2 + " eval"
     assert events[1:] == re.findall("|".join(toolrl.ARMS[arm] | {"eval"}), schedule)
-    # Each rate is at its height times a factor that rises and falls. These are the factors' sums.
+    # Each rate is at its height times a factor that rises or falls. These are the factors' sums.
     due = {"rl": 15.5 * settings.lr, "sft": 13.325 * settings.sft_lr}
     assert rates == pytest.approx({kind: due[kind] for kind in rates})
     # The strict reward alone tells a broken call from asking back.

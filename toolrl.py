@@ -614,7 +614,8 @@ def train_arm(arm, base_policy, chat, settings, seed):
         if "sft" in does and step > 1:
             # SFT comes between RL's steps, so the first step has none. It fades, so that RL gets
             # beyond the teacher. By then hardly any rollout has a broken call, so RL has none to
-            # push up. A little SFT stays, since tasks of one call, which RL lacks, are forgotten.
+            # push up. A little of it stays, because the policy would forget tasks of one call,
+            # which RL does not play.
             fading = max(1 - step / sft_end, 0.02)
             sft_optimizer.param_groups[0]["lr"] = settings.sft_lr * fading
             rng = rng_for(seed, "demonstrations", step)
