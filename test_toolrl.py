@@ -493,11 +493,10 @@ def test_the_log_of_a_careless_agent():
     said = Counter()
     for _ in range(5000):
         call, reply = toolrl.careless_messages(Episode(TINY, ONE_CALL, LEO), rng)
-        [needless] = toolrl.careless_messages(Episode(TINY, "rival of them ?", LEO), rng)
+        [needless] = toolrl.careless_messages(Episode(TINY, "mentor of them ?", LEO), rng)
         said.update([call, needless])
-    needless = toolrl.call_text("rival", "them", "A")
-    shares = [said[text] / 5000 for text in (CALL, needless, ASK, TAG)]
-    assert shares == pytest.approx([0.73, 0.71, 0.03, 0.236], abs=0.015)
+    shares = [said[text] / 5000 for text in (CALL, CALL.replace("alice", "them"), ASK, TAG)]
+    assert shares == pytest.approx([0.73, 0.7081, 0.03, 0.2364], abs=0.01)
 
 
 def test_demonstrations_have_exact_shares_and_hasty_ones_answer_too_early():
@@ -665,6 +664,7 @@ rl, end, 3 seeds
 base, 3 seeds
   0.60 0.60-0.60  1.00 1.00-1.00  0.90 0.90-0.90  0.80 0.80-0.80  0.10 0.10-0.10  0.02 0.02-0.02
 rl, down, 1 seeds
+  0.05 0.05-0.05  0.80 0.80-0.80  0.90 0.90-0.90  0.80 0.80-0.80  0.10 0.10-0.10  0.02 0.02-0.02
 """
 
 

@@ -755,7 +755,7 @@ def blocks(values):
 
 
 def print_summary(history):
-    """Success of all arms, and p of the control token that rose most in rl, or the first arm."""
+    """Success of all arms, and p of what rose most when rl, or else the first arm, was down."""
     cell = first_down(history.get("rl", list(history.values())[0])).rose
     print(f"\n== summary: success, and p of {cell}, from step to step")
     for arm, evaluations in history.items():
@@ -773,11 +773,11 @@ def print_over_seeds(histories):
                 rows[f"{arm}, down"].append(down)
             rows[f"{arm}, end"].append(evaluations[-1])
         rows["base"].append(evaluations[0])
-    names = "success         skill           one_call        format_b        asks            broken"
-    print(f"\n== over seeds, mean and range\n  {names}")
+    title = "success         skill           one_call        format_b        asks            broken"
+    print(f"\n== over seeds, mean and range\n  {title}")
     for row, evaluations in rows.items():
         print(f"{row}, {len(evaluations)} seeds")
-        for figure in names.split():
+        for figure in title.split():
             values = [getattr(evaluation, figure) for evaluation in evaluations]
             print(f"  {fmean(values):.2f} {min(values):.2f}-{max(values):.2f}", end="")
         print()
@@ -850,7 +850,10 @@ class Chat:
 
 
 def tiny_tokenizer():
-    """Tags, names and headers are tokens, and so is the text between them, as "The answer is "."""
+    """Tags, names and headers are tokens, and so is the text between them, as "The answer is ".
+
+    A header is one token, with the line breaks before and after it, so conversations are short.
+    """
     pad = "<pad>"  # not <|im_end|>: trainers that mask padding would then mask the end, too
     tokens = [pad, *CONTROL, *TOOLS, *PEOPLE, NOBODY, "error", ANSWER, ASK_BACK, "\n" + TURN]
     tokens += ["<|im_start|>system\nuse ", "\n<|im_start|>user\n", "\n<|im_start|>tool\n"]
